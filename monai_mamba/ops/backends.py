@@ -1,0 +1,257 @@
+"""Registry of the implementations ("backends") that compute the scan and the causal convolution.
+
+A backend is one file of this package with one subclass of :class:`Backend`, registered in ``ops/__init__.py``. The
+choice for a call is, in this order: the ``backend`` argument, :func:`use_backend`, the environment variable
+``MONAI_MAMBA_BACKEND``, and otherwise the available backend of highest priority that serves the call. A backend that
+was asked for by name and cannot serve raises :class:`~monai_mamba.errors.BackendError` with the reason; a slow
+automatic choice is announced once with the way to the fast one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from monai_mamba.errors import BackendError
+
+ENVIRONMENT_VARIABLE = "MONAI_MAMBA_BACKEND"
+
+#: A forward pass keeps the hidden state before every step whose index is a multiple of this.
+STATE_INTERVAL = 64
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend is asked to serve; everything here is known without looking at the data.
+
+    Attributes:
+        op: ``"selective_scan"`` or ``"causal_conv1d"``.
+        device_type: ``"cpu"``, ``"cuda"``, ...
+        dtype: type of the main input.
+        batch, length, channels: sizes of the main input, ``(B, L, D)``.
+        groups, d_state: number of groups and of states of the scan; 1 and 0 for the convolution.
+        width: taps of the convolution; 0 for the scan.
+    """
+
+    op: str
+    device_type: str
+    dtype: torch.dtype
+    batch: int
+    length: int
+    channels: int
+    groups: int = 1
+    d_state: int = 0
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can be used here at all, and why (not)."""
+
+    ok: bool
+    reason: str
+
+
+class Backend:
+    """One implementation of the operators, all in the native channels-last layout.
+
+    A subclass sets the class attributes and implements the kernels of the operators named in ``ops``.
+
+    Attributes:
+        name: what users write.
+        priority: the highest one that serves a call is chosen; 0 means "only when asked for by name".
+        ops: names of the operators it implements.
+        device_types: device types it serves; empty means all.
+        is_fallback: chosen automatically only for want of something faster, so the choice is announced.
+        is_composite: made of differentiable PyTorch operations and called outside the custom operator, which gives
+            it double backward and ``vmap``.
+    """
+
+    name: str
+    priority: int
+    ops: frozenset[str]
+    device_types: frozenset[str] = frozenset()
+    is_fallback: bool = False
+    is_composite: bool = False
+
+    def availability(self) -> Availability:
+        """Tell whether the backend works on this machine, with a reason either way."""
+        return Availability(True, "always available")
+
+    def refusal(self, call: Call) -> str | None:
+        """Return why this backend cannot serve ``call``, or None if it can."""
+        return None
+
+    def scan_forward(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+        save_states: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the output ``(B, L, D)`` in the type of ``u`` and, if asked, the states.
+
+        The states are those before the steps 0, 64, 128, ...: ``(B, ceil(L / 64), D, N)``, float32 or float64.
+        """
+        raise BackendError(f"backend {self.name!r} has no selective scan")
+
+    def scan_backward(
+        self,
+        grad_y: Tensor,
+        states: Tensor | None,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+    ) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of ``u, delta, A, B, C, D, z, delta_bias``, None where the argument is None.
+
+        ``states`` may be None: then they are computed again.
+        """
+        raise BackendError(f"backend {self.name!r} has no selective scan")
+
+    def conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+        """Compute the causal depthwise convolution of ``x`` ``(B, L, D)`` with ``weight`` ``(D, W)``."""
+        raise BackendError(f"backend {self.name!r} has no causal convolution")
+
+    def conv_backward(
+        self, grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute the gradients of ``x``, ``weight`` and ``bias``."""
+        raise BackendError(f"backend {self.name!r} has no causal convolution")
+
+
+_REGISTRY: dict[str, Backend] = {}
+_forced: str = ""
+_announced: set[tuple[str, str, str]] = set()
+
+
+def register(backend: Backend) -> Backend:
+    """Add a backend; its name must be new."""
+    if backend.name in _REGISTRY:
+        raise ValueError(f"`backend` {backend.name!r} is registered already; names are unique")
+    _REGISTRY[backend.name] = backend
+    return backend
+
+
+def list_backends() -> list[Backend]:
+    """Return all registered backends, the preferred ones first."""
+    return sorted(_REGISTRY.values(), key=lambda b: -b.priority)
+
+
+def get_backend(name: str) -> Backend:
+    """Return the backend of that name.
+
+    Raises:
+        BackendError: if there is none.
+    """
+    try:
+        return _REGISTRY[name]
+    except KeyError:
+        known = ", ".join(sorted(_REGISTRY))
+        raise BackendError(f"`backend` {name!r} is unknown; use one of: {known}") from None
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force a backend for all calls within the ``with`` block, in all threads of the process.
+
+    Args:
+        name: name of a backend, or None to return to the automatic choice.
+
+    Raises:
+        BackendError: if the name is unknown or the backend is not available here.
+    """
+    global _forced
+    if name:
+        _require_available(get_backend(name))
+    previous, _forced = _forced, name or ""
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def requested_name(argument: str | None) -> str:
+    """Return the name a call is bound to by its argument or by :func:`use_backend`; empty if neither is given."""
+    return argument or _forced
+
+
+def resolve(call: Call, requested: str = "") -> Backend:
+    """Choose the backend for a call.
+
+    Args:
+        call: what is to be computed.
+        requested: name that must be used; empty for the environment variable's or the automatic choice.
+
+    Raises:
+        BackendError: if the requested backend is unknown, unavailable or cannot serve the call.
+    """
+    requested = requested or os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if requested:
+        backend = get_backend(requested)
+        _require_available(backend)
+        reason = _refusal(backend, call)
+        if reason:
+            raise BackendError(f"backend {requested!r} was asked for but cannot serve this {call.op}: {reason}")
+        return backend
+    rejected: list[str] = []
+    for backend in list_backends():
+        if backend.priority <= 0 or call.op not in backend.ops:
+            continue
+        if backend.device_types and call.device_type not in backend.device_types:
+            continue
+        availability = backend.availability()
+        reason = _refusal(backend, call) if availability.ok else availability.reason
+        if reason is None:
+            if backend.is_fallback and rejected:
+                _announce(call, backend, rejected)
+            return backend
+        rejected.append(f"{backend.name}: {reason}")
+    raise BackendError(f"no backend serves {call.op} on {call.device_type}: " + "; ".join(rejected))
+
+
+def _require_available(backend: Backend) -> None:
+    availability = backend.availability()
+    if not availability.ok:
+        raise BackendError(f"backend {backend.name!r} is not available here: {availability.reason}")
+
+
+def _refusal(backend: Backend, call: Call) -> str | None:
+    if call.op not in backend.ops:
+        return f"it has no {call.op}"
+    if backend.device_types and call.device_type not in backend.device_types:
+        served = ", ".join(sorted(backend.device_types))
+        return f"it serves {served} tensors, got {call.device_type}"
+    return backend.refusal(call)
+
+
+def _announce(call: Call, backend: Backend, rejected: list[str]) -> None:
+    # One warning per operator, device and set of reasons: a second reason is news, a second call is not.
+    key = (call.op, call.device_type, "; ".join(rejected))
+    if key in _announced:
+        return
+    _announced.add(key)
+    warnings.warn(
+        f"{call.op} on {call.device_type} runs on the slower backend {backend.name!r}, because "
+        f"{'; '.join(rejected)}. `monai-mamba doctor` shows what is missing; "
+        f"{ENVIRONMENT_VARIABLE}={backend.name} keeps this choice without a warning.",
+        stacklevel=2,
+    )

@@ -1,0 +1,238 @@
+"""The selective scan: argument door, custom operator, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from monai_mamba.ops import backends
+from monai_mamba.ops.reference import selective_scan_reference, state_dtype
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    channels_last: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Run the selective state space recurrence of Mamba over a sequence.
+
+    For every channel d and state n: ``h = exp(delta A) h + delta B u`` and ``y = <C, h> + D u``, multiplied by
+    ``silu(z)`` if a gate is given. State, step size and sums are float32 (float64 for float64 input) whatever the
+    input type and autocast say; the result has the type of ``u``.
+
+    Args:
+        u: input sequence.
+        delta: step sizes, before ``delta_bias`` and softplus.
+        A: decay rates, negative for a stable recurrence.
+        B: input matrix, one per step and group.
+        C: output matrix, one per step and group.
+        D: skip connection per channel.
+        z: gate.
+        delta_bias: added to ``delta``.
+        delta_softplus: apply softplus to the step sizes.
+        channels_last: ``(B, L, D)`` instead of ``(B, D, L)``; the native layout, without a copy.
+        backend: name of the implementation to use; default the fastest that serves (see `monai-mamba doctor`).
+
+    Shape:
+        ``channels_last=False`` (mamba-ssm): u, delta, z ``(B, D, L)``; A ``(D, N)``; B, C ``(B, N, L)`` or
+        ``(B, G, N, L)`` with G a divisor of D; D, delta_bias ``(D,)``. Returns ``(B, D, L)``.
+        ``channels_last=True``: u, delta, z ``(B, L, D)``; B, C ``(B, L, N)`` or ``(B, L, G, N)``. Returns
+        ``(B, L, D)``.
+
+    Raises:
+        TypeError: if an argument is not a floating-point tensor.
+        ValueError: if shapes, devices or precisions do not fit together.
+        BackendError: if the backend asked for is not available or cannot serve the call.
+
+    References:
+        Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, 2023, arXiv:2312.00752, section 3.
+    """
+    _check_tensors(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    for name, matrix in (("B", B), ("C", C)):
+        if matrix.ndim not in (3, 4):
+            form = "(B, L, N) or (B, L, G, N)" if channels_last else "(B, N, L) or (B, G, N, L)"
+            raise ValueError(f"`{name}` must have shape {form}, got {tuple(matrix.shape)}")
+    if u.ndim != 3:
+        form = "(B, L, D)" if channels_last else "(B, D, L)"
+        raise ValueError(f"`u` must have shape {form}, got {tuple(u.shape)}")
+    if channels_last:
+        B, C = (m.unsqueeze(2) if m.ndim == 3 else m for m in (B, C))  # (B, L, G, N)
+    else:
+        if delta.ndim == 3:
+            delta = delta.transpose(1, 2)
+        if z is not None and z.ndim == 3:
+            z = z.transpose(1, 2)
+        u = u.transpose(1, 2)  # (B, L, D)
+        B, C = (m.unsqueeze(1) if m.ndim == 3 else m for m in (B, C))
+        B, C = B.permute(0, 3, 1, 2), C.permute(0, 3, 1, 2)  # (B, L, G, N)
+    _check_shapes(u, delta, A, B, C, D, z, delta_bias)
+
+    name = backends.requested_name(backend)
+    if name and backends.get_backend(name).is_composite:
+        y = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    else:
+        tensors = (u, delta, A, B, C, D, z, delta_bias)
+        save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        y, _ = torch.ops.monai_mamba.selective_scan_fwd(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states, name
+        )
+    return y if channels_last else y.transpose(1, 2)
+
+
+def _check_tensors(**tensors: Tensor | None) -> None:
+    """Check type, device and precision of everything against the first tensor."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _FLOATING:
+            raise TypeError(
+                f"`{name}` must be float16, bfloat16, float32 or float64, got {str(tensor.dtype)[6:]}; convert it"
+            )
+        assert first is not None
+        if tensor.device != first.device:
+            raise ValueError(
+                f"`{name}` lies on {tensor.device} but `{first_name}` on {first.device}; move both to one device"
+            )
+        if (tensor.dtype == torch.float64) != (first.dtype == torch.float64):
+            raise ValueError(
+                f"`{name}` is {str(tensor.dtype)[6:]} but `{first_name}` is {str(first.dtype)[6:]}; "
+                "in double precision all arguments must be float64"
+            )
+
+
+def _check_shapes(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:
+    """Check the native layout; ``u`` is ``(B, L, D)`` and decides. Messages give sizes by name, not by axis order."""
+    batch, length, channels = u.shape
+    if batch < 1 or length < 1 or channels < 1:
+        raise ValueError(f"`u` must not be empty, got B={batch}, L={length}, D={channels}")
+    for name, tensor in (("delta", delta), ("z", z)):
+        if tensor is not None and tensor.shape != u.shape:
+            raise ValueError(
+                f"`{name}` must have the shape of `u` (B={batch}, D={channels}, L={length}), got {tuple(tensor.shape)}"
+                " in the order (B, L, D)"
+            )
+    if A.ndim != 2 or A.shape[0] != channels:
+        raise ValueError(f"`A` must have shape (D, N) with D={channels}, got {tuple(A.shape)}")
+    d_state = A.shape[1]
+    if d_state < 1:
+        raise ValueError("`A` must have at least one state (N >= 1), got N=0")
+    groups = B.shape[2]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"`B` has G={groups} groups, which must divide the D={channels} channels of `u`")
+    for name, matrix in (("B", B), ("C", C)):
+        if matrix.shape != (batch, length, groups, d_state):
+            raise ValueError(
+                f"`{name}` must have B={batch}, L={length}, G={groups}, N={d_state} as `u`, `A` and `B` say, got "
+                f"{tuple(matrix.shape)} in the order (B, L, G, N)"
+            )
+    for name, vector in (("D", D), ("delta_bias", delta_bias)):
+        if vector is not None and vector.shape != (channels,):
+            raise ValueError(f"`{name}` must have shape (D,) with D={channels}, got {tuple(vector.shape)}")
+
+
+def _resolve(u: Tensor, A: Tensor, B: Tensor, name: str) -> backends.Backend:
+    call = backends.Call(
+        op="selective_scan",
+        device_type=u.device.type,
+        dtype=u.dtype,
+        batch=u.shape[0],
+        length=u.shape[1],
+        channels=u.shape[2],
+        groups=B.shape[2],
+        d_state=A.shape[1],
+    )
+    return backends.resolve(call, name)
+
+
+# Autocast does not end at the door of a custom operator: without this, matrix products inside would be cast again.
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
+
+
+@torch.library.custom_op(
+    "monai_mamba::selective_scan_fwd",
+    mutates_args=(),
+    schema=f"({_INPUTS}, bool delta_softplus, bool save_states, str backend) -> (Tensor, Tensor)",
+)
+def _selective_scan_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states, backend):
+    implementation = _resolve(u, A, B, backend)
+    with _full_precision(u):
+        y, states = implementation.scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states)
+    return y, u.new_empty(0, dtype=state_dtype(u)) if states is None else states
+
+
+@_selective_scan_fwd.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states, backend):
+    y = u.new_empty(u.shape)
+    if not save_states:
+        return y, u.new_empty(0, dtype=state_dtype(u))
+    batch, length, channels = u.shape
+    num_states = (length + backends.STATE_INTERVAL - 1) // backends.STATE_INTERVAL
+    return y, u.new_empty((batch, num_states, channels, A.shape[1]), dtype=state_dtype(u))
+
+
+@torch.library.custom_op(
+    "monai_mamba::selective_scan_bwd",
+    mutates_args=(),
+    schema=f"(Tensor grad_y, Tensor states, {_INPUTS}, bool delta_softplus, str backend) -> Tensor[]",
+)
+def _selective_scan_bwd(grad_y, states, u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend):
+    implementation = _resolve(u, A, B, backend)
+    with _full_precision(u):
+        gradients = implementation.scan_backward(
+            grad_y, states if states.numel() else None, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+        )
+    return [g.contiguous() for g in gradients if g is not None]
+
+
+@_selective_scan_bwd.register_fake
+def _(grad_y, states, u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend):
+    return [t.new_empty(t.shape) for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_y, _grad_states):
+    *tensors, states = ctx.saved_tensors
+    found = iter(torch.ops.monai_mamba.selective_scan_bwd(grad_y, states, *tensors, ctx.delta_softplus, ctx.backend))
+    return (*(None if t is None else next(found) for t in tensors), None, None, None)
+
+
+def _refuse_double_backward(ctx, *gradients):
+    raise backends.BackendError(
+        "the selective scan has first derivatives only; for derivatives of derivatives call it with backend='reference'"
+    )
+
+
+_selective_scan_fwd.register_autograd(_backward, setup_context=_setup_context)
+_selective_scan_bwd.register_autograd(_refuse_double_backward)

@@ -1,0 +1,117 @@
+"""The choice of a backend: forced, by context, by environment, automatic, and what is said about it."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from monai_mamba.errors import BackendError
+from monai_mamba.ops import backends, list_backends, selective_scan, use_backend
+from monai_mamba.ops.backends import Availability, Backend, Call, resolve
+
+CALL = Call("selective_scan", "cpu", torch.float32, 1, 64, 8, 1, 16)
+
+
+class Fast(Backend):
+    name = "fast"
+    priority = 10_000
+    ops = frozenset({"selective_scan"})
+    device_types = frozenset({"cpu"})
+    available = Availability(True, "made for this test")
+    why_not: str | None = None
+
+    def availability(self):
+        return self.available
+
+    def refusal(self, call):
+        return self.why_not
+
+    def scan_forward(self, u, *_):
+        return torch.full_like(u, 7.0), None
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(backends, "_REGISTRY", dict(backends._REGISTRY))
+    monkeypatch.setattr(backends, "_announced", set())
+    return backends.register(Fast())
+
+
+def scan(**arguments):
+    u = torch.ones(1, 4, 2)
+    return selective_scan(
+        u, u, -torch.ones(2, 3), torch.ones(1, 4, 3), torch.ones(1, 4, 3), channels_last=True, **arguments
+    )
+
+
+def test_automatic_choice_takes_the_highest_priority(fast):
+    assert resolve(CALL) is fast
+    assert (scan() == 7).all()
+
+
+def test_forced_by_argument_context_and_environment(fast, monkeypatch):
+    assert not (scan(backend="torch") == 7).any()
+    with use_backend("torch"):
+        assert not (scan() == 7).any()
+        assert (scan(backend="fast") == 7).all()  # the argument wins
+        with use_backend(None):
+            assert (scan() == 7).all()
+    assert (scan() == 7).all()
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "torch")
+    assert not (scan() == 7).any()
+
+
+def test_context_is_left_after_an_error():
+    with pytest.raises(ZeroDivisionError), use_backend("reference"):
+        raise ZeroDivisionError
+    assert backends.requested_name(None) == ""
+
+
+def test_unknown_backend_lists_the_known_ones():
+    with pytest.raises(BackendError, match=r"'nope' is unknown.*torch"):
+        scan(backend="nope")
+    with pytest.raises(BackendError, match="unknown"), use_backend("nope"):
+        pass
+
+
+def test_forced_backend_that_cannot_serve_raises_with_the_reason(fast):
+    fast.why_not = "N is odd"
+    with pytest.raises(BackendError, match=r"'fast' was asked for .* N is odd"):
+        scan(backend="fast")
+    with pytest.raises(BackendError, match="it serves cpu tensors, got cuda"):
+        resolve(Call("selective_scan", "cuda", torch.float32, 1, 64, 8, 1, 16), "fast")
+    with pytest.raises(BackendError, match="it has no causal_conv1d"):
+        resolve(Call("causal_conv1d", "cpu", torch.float32, 1, 64, 8, width=4), "fast")
+    fast.available = Availability(False, "no compiler")
+    with pytest.raises(BackendError, match="not available here: no compiler"):
+        scan(backend="fast")
+
+
+def test_slow_automatic_choice_warns_once_with_reason_and_cure(fast, monkeypatch):
+    for name in list(backends._REGISTRY):
+        if name not in ("fast", "torch", "reference"):
+            del backends._REGISTRY[name]
+    fast.available = Availability(False, "no compiler found, install gcc")
+    with pytest.warns(UserWarning, match=r"slower backend 'torch'.*install gcc.*monai-mamba doctor"):
+        scan()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scan()
+
+
+def test_no_backend_at_all_says_why(fast):
+    for name in list(backends._REGISTRY):
+        if name != "fast":
+            del backends._REGISTRY[name]
+    fast.why_not = "too long"
+    with pytest.raises(BackendError, match="fast: too long"):
+        scan()
+
+
+def test_names_are_unique_and_sorted(fast):
+    with pytest.raises(ValueError, match="registered already"):
+        backends.register(Fast())
+    priorities = [b.priority for b in list_backends()]
+    assert priorities == sorted(priorities, reverse=True)
