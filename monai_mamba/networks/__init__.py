@@ -1,0 +1,7 @@
+"""Networks, one family per file; they need torch alone."""
+
+from __future__ import annotations
+
+from monai_mamba.networks.nnmamba import NNMambaSeg
+
+__all__ = ["NNMambaSeg"]

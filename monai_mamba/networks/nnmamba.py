@@ -1,0 +1,326 @@
+"""nnMamba: residual convolution encoder with Mamba layers, for 2D and 3D images.
+
+References:
+    Gong et al., nnMamba: 3D Biomedical Image Segmentation, Classification and Landmark Detection with State Space
+    Model, 2024, arXiv:2402.03526. Where paper and released code differ, the code is followed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from monai_mamba.layers.checkpoint import checkpointed
+from monai_mamba.layers.convolution import (
+    ChannelGate,
+    DoubleConv,
+    convolution,
+    normalization,
+    pad_to_multiple,
+    resample_to_grid,
+    upsample,
+)
+from monai_mamba.layers.mamba import MambaMixer
+from monai_mamba.layers.siamese import MambaLayer
+
+#: Renames from the released state dict to ours, applied in order with ``re.sub``. The released one lists the Mamba
+#: layer of a stage once per block that uses it; ours lists it once.
+PUBLISHED_KEYS: tuple[tuple[str, str], ...] = (
+    (r"^in_conv\.", "encoder.stem."),
+    (r"^layer1\.[1-9]\d*\.mamba_layer\.", "encoder.stages.0.mixer."),
+    (r"^layer2\.[1-9]\d*\.mamba_layer\.", "encoder.stages.1.mixer."),
+    (r"^layer3\.[1-9]\d*\.mamba_layer\.", "encoder.stages.2.mixer."),
+    (r"^layer1\.(\d+)\.", r"encoder.stages.0.blocks.\1."),
+    (r"^layer2\.(\d+)\.", r"encoder.stages.1.blocks.\1."),
+    (r"^layer3\.(\d+)\.", r"encoder.stages.2.blocks.\1."),
+    (r"^att1\.", "decoder.gates.2."),
+    (r"^att2\.", "decoder.gates.1."),
+    (r"^att3\.", "decoder.gates.0."),
+    (r"^conv5\.", "decoder.blocks.0."),
+    (r"^conv6\.", "decoder.blocks.1."),
+    (r"^conv7\.", "decoder.blocks.2."),
+    (r"^conv8\.", "decoder.seg_layers.0."),
+    (r"^(encoder\.stem|decoder\.\w+\.\d+)\.conv\.0\.", r"\1.conv1."),
+    (r"^(encoder\.stem|decoder\.\w+\.\d+)\.conv\.1\.", r"\1.norm1."),
+    (r"^(encoder\.stem|decoder\.\w+\.\d+)\.conv\.3\.", r"\1.conv2."),
+    (r"^(encoder\.stem|decoder\.\w+\.\d+)\.conv\.4\.", r"\1.norm2."),
+    (r"\.bn([12])\.", r".norm\1."),
+    (r"\.mixer\.nin\.", ".mixer.proj_in."),
+    (r"\.mixer\.norm\.", ".mixer.norm_in."),
+    (r"\.mixer\.nin2\.", ".mixer.proj_out."),
+    (r"\.mixer\.norm2\.", ".mixer.norm_out."),
+    (r"(\.gates\.\d)\.layer1\.", r"\1.squeeze."),
+    (r"(\.gates\.\d)\.layer2\.", r"\1.excite."),
+)
+
+HEADS = ("double_conv", "conv1x1")
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3(x3) convolutions with a residual path; a Mamba layer's view of the input joins before the addition.
+
+    Shape:
+        ``(B, in_channels, *spatial)`` to ``(B, out_channels, *ceil(spatial / stride))``.
+    """
+
+    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, stride: int, norm: str) -> None:
+        super().__init__()
+        self.conv1 = convolution(spatial_dims, in_channels, out_channels, 3, stride, bias=False)
+        self.norm1 = normalization(norm, spatial_dims, out_channels)
+        self.conv2 = convolution(spatial_dims, out_channels, out_channels, 3, bias=False)
+        self.norm2 = normalization(norm, spatial_dims, out_channels)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                convolution(spatial_dims, in_channels, out_channels, 1, stride, bias=False),
+                normalization(norm, spatial_dims, out_channels),
+            )
+
+    def forward(self, x: Tensor, mixer: nn.Module | None = None) -> Tensor:
+        out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        if mixer is not None:
+            out = out + mixer(x)
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResidualStage(nn.Module):
+    """A strided block and then blocks that all share one Mamba layer."""
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        mixer: MambaLayer | None,
+        norm: str,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ResidualBlock(spatial_dims, in_channels if i == 0 else out_channels, out_channels, 2 if i == 0 else 1, norm)
+            for i in range(num_blocks)
+        )
+        self.mixer = mixer
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        for block in self.blocks[1:]:
+            x = block(x, self.mixer)
+        return x
+
+
+class NNMambaEncoder(nn.Module):
+    """Strided stem and three residual stages: features at 1/2, 1/4, 1/8 and 1/16 with 1, 2, 4 and 8 times the width."""
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        init_filters: int,
+        num_blocks: int,
+        mixer: str,
+        norm: str,
+        use_checkpoint: bool,
+    ) -> None:
+        super().__init__()
+        self.use_checkpoint = use_checkpoint
+        self.stem = DoubleConv(spatial_dims, in_channels, init_filters, stride=2, norm=norm)
+        widths = [init_filters * 2**i for i in range(4)]
+        self.stages = nn.ModuleList(
+            ResidualStage(
+                spatial_dims,
+                widths[i],
+                widths[i + 1],
+                num_blocks,
+                MambaLayer(spatial_dims, widths[i + 1], mixer=mixer, norm=norm) if num_blocks > 1 else None,
+                norm,
+            )
+            for i in range(3)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for module in (self.stem, *self.stages):
+            x = checkpointed(module, x) if self.use_checkpoint and torch.is_grad_enabled() else module(x)
+            features.append(x)
+        return features
+
+
+class Conv1x1Head(nn.Module):
+    """Two convolutions at full resolution and a 1x1 convolution to the classes; logits of either sign."""
+
+    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, norm: str) -> None:
+        super().__init__()
+        self.block = DoubleConv(spatial_dims, in_channels, in_channels // 2, norm=norm)
+        self.conv = convolution(spatial_dims, in_channels // 2, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.block(x))
+
+
+class NNMambaDecoder(nn.Module):
+    """U-shaped decoder with channel gates on the skips and one segmentation layer per resolution it reports.
+
+    The names ``deep_supervision`` and ``seg_layers`` are nnU-Net's: it switches the first, and leaves out the second
+    when it loads pretrained weights. ``seg_layers[k]`` belongs to the resolution 1 / 2**k.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        init_filters: int,
+        out_channels: int,
+        head: str,
+        norm: str,
+        deep_supervision: bool,
+        use_checkpoint: bool,
+    ) -> None:
+        super().__init__()
+        self.use_checkpoint = use_checkpoint
+        skips = [init_filters * 4, init_filters * 2, init_filters]
+        self.gates = nn.ModuleList(ChannelGate(width) for width in skips)
+        self.blocks = nn.ModuleList(DoubleConv(spatial_dims, 3 * width, width, norm=norm) for width in skips)
+        self.seg_layers = nn.ModuleList(
+            [
+                DoubleConv(spatial_dims, init_filters, out_channels, norm=norm)
+                if head == "double_conv"
+                else Conv1x1Head(spatial_dims, init_filters, out_channels, norm)
+            ]
+        )
+        if deep_supervision:
+            self.seg_layers.extend(convolution(spatial_dims, width, out_channels, 1) for width in reversed(skips))
+        self._deep_supervision = deep_supervision
+
+    @property
+    def deep_supervision(self) -> bool:
+        """Whether the logits of all resolutions are returned. Can be switched if the heads were built."""
+        return self._deep_supervision
+
+    @deep_supervision.setter
+    def deep_supervision(self, enabled: bool) -> None:
+        if enabled and len(self.seg_layers) == 1:
+            raise ValueError(
+                "`deep_supervision` cannot be switched on: the network was built without the heads; build it with "
+                "deep_supervision=True"
+            )
+        self._deep_supervision = enabled
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Return the logits, full resolution first; only those if deep supervision is off."""
+
+        def run(module: nn.Module, x: Tensor) -> Tensor:
+            return checkpointed(module, x) if self.use_checkpoint and torch.is_grad_enabled() else module(x)
+
+        *skips, x = features
+        maps = []
+        for gate, block, skip in zip(self.gates, self.blocks, reversed(skips), strict=True):
+            x = run(block, torch.cat([upsample(x), gate(skip)], dim=1))
+            maps.append(x)
+        logits = [run(self.seg_layers[0], upsample(x))]
+        if self.deep_supervision:
+            logits += [layer(m) for layer, m in zip(self.seg_layers[1:], reversed(maps), strict=True)]
+        return logits
+
+
+class NNMambaSeg(nn.Module):
+    """nnMamba for segmentation, and for landmark heat maps.
+
+    The published network has ``head="double_conv"`` (its logits pass a batch normalisation and a ReLU, so they are
+    never negative), 32 filters and three blocks. Images of any size are accepted: inside, each axis is padded to a
+    multiple of 16 and the result is cropped.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the image.
+        out_channels: classes, background included.
+        init_filters: width at half resolution; at least 16. It doubles with every halving of the resolution.
+        num_blocks: residual blocks per stage; all but the first share the stage's Mamba layer.
+        mixer: ``"mamba"``, or ``"none"`` for the same network without scans.
+        head: ``"double_conv"`` (published) or ``"conv1x1"``, which ends in a 1x1 convolution.
+        norm: ``"batch"`` (published) or ``"instance"``.
+        deep_supervision: add heads at 1/2, 1/4 and 1/8 resolution and return a list of logits, full resolution first.
+            A network built so can be switched by ``network.decoder.deep_supervision``.
+        use_checkpoint: save memory in training by computing activations twice.
+
+    Shape:
+        ``(B, in_channels, *spatial)`` to ``(B, out_channels, *spatial)``; with deep supervision a list, level k of
+        size ``round(spatial / 2**k)`` (Python's rounding, as nnU-Net sizes its targets).
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+        >>> network = NNMambaSeg(spatial_dims=3, in_channels=1, out_channels=3)
+        >>> network(torch.zeros(1, 1, 40, 56, 40)).shape
+        torch.Size([1, 3, 40, 56, 40])
+
+    References:
+        Gong et al., nnMamba, 2024, arXiv:2402.03526, section 2; parameter counts in docs/networks/nnmamba.md.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 3,
+        in_channels: int = 1,
+        out_channels: int = 2,
+        init_filters: int = 32,
+        num_blocks: int = 3,
+        mixer: str = "mamba",
+        head: str = "double_conv",
+        norm: str = "batch",
+        deep_supervision: bool = False,
+        use_checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("num_blocks", num_blocks)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        if init_filters < 16:
+            raise ValueError(
+                f"`init_filters` must be at least 16 (the channel gates divide it by 16), got {init_filters}"
+            )
+        if head not in HEADS:
+            raise ValueError(f"`head` must be one of {', '.join(map(repr, HEADS))}, got {head!r}")
+        self.spatial_dims = spatial_dims
+        self.in_channels = in_channels
+        self.norm = norm
+        self.encoder = NNMambaEncoder(spatial_dims, in_channels, init_filters, num_blocks, mixer, norm, use_checkpoint)
+        self.decoder = NNMambaDecoder(
+            spatial_dims, init_filters, out_channels, head, norm, deep_supervision, use_checkpoint
+        )
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the Mamba layers want to be exempt from weight decay."""
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.named_modules()
+            if isinstance(module, MambaMixer)
+            for name in module.no_weight_decay()
+        }
+
+    def _check_normalizable(self, x: Tensor) -> None:
+        """Refuse an image whose deepest map has one value to normalise, where the result would be a constant."""
+        if any(size > 16 for size in x.shape[2:]):
+            return
+        if self.norm == "instance" or (self.norm == "batch" and self.training and x.shape[0] == 1):
+            values = "one batch item with " if self.norm == "batch" else ""
+            raise ValueError(
+                f"`x` of shape {tuple(x.shape)} leaves {values}a single voxel at 1/16 resolution, which norm="
+                f"{self.norm!r} cannot normalise; use more than 16 voxels along one axis"
+                + (" or a larger batch" if self.norm == "batch" else "")
+            )
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        if x.ndim != self.spatial_dims + 2 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"`x` must have shape (B, {self.in_channels}, *spatial) with {self.spatial_dims} spatial axes, got "
+                f"{tuple(x.shape)}"
+            )
+        image_size = x.shape[2:]
+        self._check_normalizable(x)
+        logits = self.decoder(self.encoder(pad_to_multiple(x, 16)))
+        for level, value in enumerate(logits):
+            size = [max(1, round(n / 2**level)) for n in image_size]
+            logits[level] = resample_to_grid(value, image_size, size, 2**level)
+        return logits if self.decoder.deep_supervision else logits[0]
