@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from monai_mamba import __version__
+from monai_mamba.cli import nnunet
 from monai_mamba.errors import MonaiMambaError
 
 EXIT_DONE = 0
@@ -32,6 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(nnunet.app, name="nnunet")
 
 
 def _print_version(value: bool) -> None:

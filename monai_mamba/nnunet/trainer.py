@@ -1,0 +1,215 @@
+"""The trainer behind every nnMamba trainer class: nnU-Net's own, with our network and safe checkpoints."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+
+from monai_mamba.networks import NNMambaSeg
+from monai_mamba.nnunet.checkpoint import load_or_previous, previous_path, replace_atomically
+
+#: Length of a run, for callers that cannot edit a class: the commands of this package and tests.
+EPOCHS_VARIABLE = "MONAI_MAMBA_EPOCHS"
+ITERATIONS_VARIABLE = "MONAI_MAMBA_ITERATIONS"
+
+_NUM_LEVELS = 4  # of deep supervision: full, 1/2, 1/4, 1/8
+
+
+def _positive_from_environment(name: str) -> int | None:
+    text = os.environ.get(name, "")
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"`{name}` must be a positive whole number, got {text!r}; unset it or correct it")
+    return int(text)
+
+
+class MambaTrainer(nnUNetTrainer):
+    """Trains :class:`NNMambaSeg` by nnU-Net's recipe, for ``2d`` and ``3d_fullres``.
+
+    Variants are class attributes. The constructor takes exactly nnU-Net's arguments, because nnU-Net stores them by
+    name and passes no others.
+
+    Attributes:
+        network_arguments: passed on to :class:`NNMambaSeg`.
+        optimizer_name: ``"adamw"``, ``"adam"`` or ``"sgd"`` (momentum 0.99, Nesterov), each with nnU-Net's polynomial
+            decay of the learning rate.
+        learning_rate, decay: learning rate at the first epoch, weight decay.
+        with_deep_supervision: losses at 1/2, 1/4 and 1/8 resolution too.
+        with_autocast: float16 autocast on CUDA, as nnU-Net does; the scan computes in float32 either way.
+        epochs, iterations_per_epoch, val_iterations_per_epoch, max_batch_size: None for nnU-Net's own.
+    """
+
+    network_arguments: dict[str, Any] = {}  # noqa: RUF012 - read only; subclasses replace it
+    optimizer_name = "adamw"
+    learning_rate = 2e-3
+    decay = 3e-5
+    with_deep_supervision = True
+    with_autocast = True
+    epochs: int | None = None
+    iterations_per_epoch: int | None = None
+    val_iterations_per_epoch: int | None = None
+    max_batch_size: int | None = None
+    checkpoint_interval: int | None = None
+
+    # Set by nnU-Net's constructor, which is not annotated.
+    network: Any
+    num_epochs: int
+    num_iterations_per_epoch: int
+    num_val_iterations_per_epoch: int
+    save_every: int
+    batch_size: int
+    inference_allowed_mirroring_axes: Any
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr = self.learning_rate
+        self.weight_decay = self.decay
+        self.enable_deep_supervision = self.with_deep_supervision
+        self.num_epochs = _positive_from_environment(EPOCHS_VARIABLE) or self.epochs or self.num_epochs
+        self.num_iterations_per_epoch = (
+            _positive_from_environment(ITERATIONS_VARIABLE)
+            or self.iterations_per_epoch
+            or self.num_iterations_per_epoch
+        )
+        self.num_val_iterations_per_epoch = self.val_iterations_per_epoch or self.num_val_iterations_per_epoch
+        self.save_every = self.checkpoint_interval or self.save_every
+
+    @staticmethod
+    def _build_network(
+        spatial_dims: int, in_channels: int, out_channels: int, arguments: dict[str, Any], deep_supervision: bool
+    ) -> NNMambaSeg:
+        # The heads always exist: nnU-Net builds the network without deep supervision to predict and then loads the
+        # training's weights strictly.
+        network = NNMambaSeg(spatial_dims, in_channels, out_channels, deep_supervision=True, **arguments)
+        network.decoder.deep_supervision = deep_supervision
+        return network
+
+    @classmethod
+    def build_network_architecture(
+        cls, plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ) -> nn.Module:
+        """Build the network for a plan; nnU-Net calls this to train and to predict."""
+        network = cls._build_network(
+            len(configuration_manager.patch_size),
+            num_input_channels,
+            num_output_channels,
+            cls.network_arguments,
+            enable_deep_supervision,
+        )
+        if not cls.with_autocast:
+            network.forward = torch.autocast("cuda", enabled=False)(network.forward)  # type: ignore[method-assign]
+        return network
+
+    def initialize(self) -> None:
+        super().initialize()
+        if not self.with_autocast:
+            self.grad_scaler = None  # gradients of float32 need no scaling
+
+    def _do_i_compile(self) -> bool:
+        # nnU-Net compiles by default on CUDA. Here that is the user's word: the custom operators of the scan gain
+        # little from it and the first epoch pays minutes.
+        return os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t") and super()._do_i_compile()
+
+    def _set_batch_size_and_oversample(self) -> None:
+        super()._set_batch_size_and_oversample()
+        if self.max_batch_size is not None:
+            self.batch_size = min(self.batch_size, self.max_batch_size)
+
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        # The network halves every axis, whatever the plan's U-Net would do.
+        if not self.enable_deep_supervision:
+            return None
+        dims = len(self.configuration_manager.patch_size)
+        return [[0.5**level] * dims for level in range(_NUM_LEVELS)]
+
+    def _build_loss(self):
+        loss = super()._build_loss()
+        if self.enable_deep_supervision:
+            # nnU-Net switches its lowest resolution off; here all four take part, as in the published training.
+            weights = [0.5**level for level in range(_NUM_LEVELS)]
+            loss.weight_factors = tuple(weight / sum(weights) for weight in weights)
+        return loss
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        # nnU-Net switches it on after every validation, wanted or not.
+        super().set_deep_supervision_enabled(enabled and self.enable_deep_supervision)
+
+    def configure_optimizers(self):
+        parameters = self._parameter_groups()
+        optimizer: torch.optim.Optimizer
+        if self.optimizer_name == "sgd":
+            optimizer = torch.optim.SGD(parameters, self.initial_lr, momentum=0.99, nesterov=True)
+        elif self.optimizer_name == "adam":
+            optimizer = torch.optim.Adam(parameters, self.initial_lr)
+        elif self.optimizer_name == "adamw":
+            optimizer = torch.optim.AdamW(parameters, self.initial_lr)
+        else:
+            raise ValueError(f"`optimizer_name` must be 'adamw', 'adam' or 'sgd', got {self.optimizer_name!r}")
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        # Called by initialize() before the DDP wrapper is put on.
+        network = getattr(self.network, "_orig_mod", self.network)
+        exempt = network.no_weight_decay()
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in network.named_parameters():
+            groups[name in exempt].append(parameter)
+        return [
+            {"params": groups[False], "weight_decay": self.weight_decay},
+            {"params": groups[True], "weight_decay": 0.0},
+        ]
+
+    def save_checkpoint(self, filename: str) -> None:
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        replace_atomically(filename, super().save_checkpoint)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Continue from a checkpoint; a damaged file is replaced by the one before it, with a line in the log.
+
+        Unlike nnU-Net's, this runs no code that a file may carry, and takes a checkpoint of another device.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        checkpoint = (
+            filename_or_checkpoint
+            if isinstance(filename_or_checkpoint, dict)
+            else load_or_previous(filename_or_checkpoint, self.device)
+        )
+        self._plain_network().load_state_dict(
+            {key.removeprefix("module."): value for key, value in checkpoint["network_weights"].items()}
+        )
+        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        self.my_init_kwargs = checkpoint["init_args"]
+        self.current_epoch = checkpoint["current_epoch"]
+        self.logger.load_checkpoint(checkpoint["logging"])
+        self._best_ema = checkpoint["_best_ema"]
+        self.inference_allowed_mirroring_axes = checkpoint.get(
+            "inference_allowed_mirroring_axes", self.inference_allowed_mirroring_axes
+        )
+
+    def _plain_network(self) -> NNMambaSeg:
+        network = self.network.module if self.is_ddp else self.network
+        return getattr(network, "_orig_mod", network)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self.local_rank == 0:
+            # nnU-Net removes the latest checkpoint once the final one is written; so goes its predecessor.
+            previous_path(os.path.join(self.output_folder, "checkpoint_latest.pth")).unlink(missing_ok=True)
