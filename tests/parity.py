@@ -28,16 +28,29 @@ class Fixture:
 
     @property
     def input(self) -> Tensor:
-        return torch.from_numpy(make_input(self.name, self.table["input_shape"]))
+        shape = self.table["input_shape"] if "input_shape" in self.table else self.table["input"]["shape"]
+        return fixture_input(self.name, shape)
+
+
+def fixture_input(name: str, shape: Sequence[int]) -> Tensor:
+    return torch.from_numpy(make_input(name, shape))
+
+
+def fixture_weights(shapes: dict[str, list[int]], aliases=None, overrides=None) -> dict[str, Tensor]:
+    return {key: torch.as_tensor(value) for key, value in recipe(shapes, aliases, overrides).items()}
+
+
+def load_table(family: str, name: str) -> dict:
+    return json.loads((DATA / family / f"{name}.json").read_text())
 
 
 def load_fixture(family: str, name: str) -> Fixture:
-    table = json.loads((DATA / family / f"{name}.json").read_text())
+    table = load_table(family, name)
     with np.load(DATA / family / f"{name}.npz") as file:
         arrays = dict(file)
     overrides = {key[9:]: value for key, value in arrays.items() if key.startswith("override/")}
-    weights = recipe(table["shapes"], table["aliases"], overrides)
-    return Fixture(name, table, arrays, {key: torch.as_tensor(value) for key, value in weights.items()})
+    shapes = table["shapes"] if "shapes" in table else table["state_dict"]
+    return Fixture(name, table, arrays, fixture_weights(shapes, table.get("aliases"), overrides))
 
 
 def renamed(weights: dict[str, Tensor], table: Sequence[tuple[str, str]]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from monai_mamba.networks.medmamba import MedMamba
 from monai_mamba.networks.nnmamba import NNMambaSeg
 
-__all__ = ["NNMambaSeg"]
+__all__ = ["MedMamba", "NNMambaSeg"]
