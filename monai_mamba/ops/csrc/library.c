@@ -1,0 +1,384 @@
+/* The functions Python calls: they check a job, choose the variant of the arithmetic and deal out the work items.
+ *
+ * Links the C library and threads only: no Python, no PyTorch, no OpenMP. Work items and the order of all sums follow
+ * from the shapes alone, so results are the same bit for bit for any number of threads.
+ */
+#include "scan.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#define MM_THREADS 1
+#endif
+#if defined(__x86_64__) || defined(__i386__)
+#include <xmmintrin.h>
+#endif
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+#ifndef MM_SOURCE_HASH
+#define MM_SOURCE_HASH "unknown"
+#endif
+
+/* ---- variants ---- */
+
+extern const mm_kernels mm_kernels_baseline;
+#ifdef MM_HAVE_AVX2
+extern const mm_kernels mm_kernels_avx2;
+#endif
+#ifdef MM_HAVE_AVX512
+extern const mm_kernels mm_kernels_avx512;
+#endif
+
+enum { BASELINE, AVX2, AVX512, NUM_VARIANTS };
+
+static const mm_kernels *variant(int64_t index) {
+    switch (index) {
+    case BASELINE:
+        return &mm_kernels_baseline;
+#ifdef MM_HAVE_AVX2
+    case AVX2:
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+            return &mm_kernels_avx2;
+        return NULL;
+#endif
+#ifdef MM_HAVE_AVX512
+    case AVX512:
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+            __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+            return &mm_kernels_avx512;
+        return NULL;
+#endif
+    default:
+        return NULL;
+    }
+}
+
+/* Name of variant `index` if this machine can run it, else null. */
+EXPORT const char *mm_variant_name(int64_t index) {
+    const mm_kernels *kernels = variant(index);
+    return kernels ? kernels->name : NULL;
+}
+
+EXPORT int64_t mm_num_variants(void) { return NUM_VARIANTS; }
+EXPORT int64_t mm_abi(void) { return MM_ABI; }
+EXPORT const char *mm_source_hash(void) { return MM_SOURCE_HASH; }
+EXPORT int64_t mm_scan_job_size(void) { return (int64_t)sizeof(mm_scan_job); }
+EXPORT int64_t mm_conv_job_size(void) { return (int64_t)sizeof(mm_conv_job); }
+
+EXPORT double mm_probe(int64_t index, int64_t kind, int64_t rounds) {
+    const mm_kernels *kernels = variant(index);
+    return kernels && kind >= 0 && kind <= 2 && rounds > 0 ? kernels->probe(kind, rounds) : 0.0;
+}
+
+/* ---- threads ---- */
+
+typedef struct {
+    void (*run)(const void *context, int64_t item, void *scratch);
+    const void *context;
+    size_t scratch;
+    int64_t items, next; /* next: item to be taken, changed atomically only */
+    int failed;
+} work;
+
+/* Subnormal numbers cost a hundred cycles each on some machines, and decaying states produce them without end. */
+static unsigned int flush_subnormals(void) {
+#if defined(__SSE__)
+    unsigned int before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040u);
+    return before;
+#else
+    return 0;
+#endif
+}
+
+static void restore_subnormals(unsigned int before) {
+#if defined(__SSE__)
+    _mm_setcsr(before);
+#else
+    (void)before;
+#endif
+}
+
+static void take_items(work *w) {
+    char *memory = malloc(w->scratch + 64);
+    if (!memory) {
+        __atomic_store_n(&w->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    void *scratch = memory + (64 - (uintptr_t)memory % 64);
+    unsigned int before = flush_subnormals();
+    for (;;) {
+        int64_t item = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED);
+        if (item >= w->items || __atomic_load_n(&w->failed, __ATOMIC_RELAXED)) break;
+        w->run(w->context, item, scratch);
+    }
+    restore_subnormals(before);
+    free(memory);
+}
+
+#ifdef MM_THREADS
+enum { MAX_WORKERS = 255 };
+
+/* Workers sleep on `wake` between jobs. `owner` serves one caller at a time; a second caller does its work alone. */
+static struct {
+    pthread_mutex_t owner, lock;
+    pthread_cond_t wake, done;
+    work *job;
+    uint64_t generation;
+    int workers, wanted, busy;
+} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER,
+          NULL, 0, 0, 0, 0};
+
+/* Threads do not survive a fork: the child starts with an empty pool, whatever the parent was doing. */
+static void forget_workers(void) {
+    pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+    pthread_cond_t condition = PTHREAD_COND_INITIALIZER;
+    memcpy(&pool.owner, &mutex, sizeof mutex);
+    memcpy(&pool.lock, &mutex, sizeof mutex);
+    memcpy(&pool.wake, &condition, sizeof condition);
+    memcpy(&pool.done, &condition, sizeof condition);
+    pool.job = NULL;
+    pool.workers = pool.wanted = pool.busy = 0;
+}
+
+static void register_fork(void) { pthread_atfork(NULL, NULL, forget_workers); }
+
+static void *worker(void *start) {
+    uint64_t seen = (uint64_t)(uintptr_t)start;
+    pthread_mutex_lock(&pool.lock);
+    for (;;) {
+        while (pool.generation == seen || !pool.wanted) {
+            if (pool.generation != seen) seen = pool.generation; /* enough others took part */
+            pthread_cond_wait(&pool.wake, &pool.lock);
+        }
+        seen = pool.generation;
+        pool.wanted--;
+        work *job = pool.job;
+        pthread_mutex_unlock(&pool.lock);
+        take_items(job);
+        pthread_mutex_lock(&pool.lock);
+        if (--pool.busy == 0) pthread_cond_signal(&pool.done);
+    }
+    return NULL;
+}
+
+static void run_with_pool(work *w, int64_t helpers) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, register_fork);
+    if (helpers > MAX_WORKERS) helpers = MAX_WORKERS;
+    if (pthread_mutex_trylock(&pool.owner)) {
+        take_items(w);
+        return;
+    }
+    pthread_mutex_lock(&pool.lock);
+    while (pool.workers < helpers) {
+        pthread_t thread;
+        pthread_attr_t attributes;
+        pthread_attr_init(&attributes);
+        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+        int error = pthread_create(&thread, &attributes, worker, (void *)(uintptr_t)pool.generation);
+        pthread_attr_destroy(&attributes);
+        if (error) break; /* no more threads to be had: fewer do the same work */
+        pool.workers++;
+    }
+    if (helpers > pool.workers) helpers = pool.workers;
+    pool.job = w;
+    pool.wanted = pool.busy = (int)helpers;
+    pool.generation++;
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+    take_items(w);
+    pthread_mutex_lock(&pool.lock);
+    pool.busy -= pool.wanted; /* whoever has not woken up yet finds nothing to do */
+    pool.wanted = 0;
+    while (pool.busy > 0) pthread_cond_wait(&pool.done, &pool.lock);
+    pool.job = NULL;
+    pthread_mutex_unlock(&pool.lock);
+    pthread_mutex_unlock(&pool.owner);
+}
+#endif
+
+static int run(work *w, int64_t threads) {
+    if (threads > w->items) threads = w->items;
+#ifdef MM_THREADS
+    if (threads > 1)
+        run_with_pool(w, threads - 1);
+    else
+#endif
+        take_items(w);
+    return w->failed ? MM_NO_MEMORY : MM_OK;
+}
+
+/* Waking a thread costs about as much as a quarter of a million state updates. */
+static int64_t useful_threads(int64_t threads, int64_t operations) {
+    int64_t most = 1 + operations / (1 << 20);
+    return threads < 1 ? 1 : threads < most ? threads : most;
+}
+
+/* ---- checks: what would make the arithmetic read or write outside of its arrays ---- */
+
+static int bad_view(const mm_view *v, int needed) {
+    if (!v->data) return needed;
+    return v->dtype < MM_FLOAT32 || v->dtype > MM_FLOAT16;
+}
+
+/* a * b, or -1 when the product leaves the range in which all offsets are computed. */
+static int64_t times(int64_t a, int64_t b) {
+    int64_t product;
+    if (a < 0 || b < 0 || __builtin_mul_overflow(a, b, &product) || product > (INT64_MAX >> 8)) return -1;
+    return product;
+}
+
+static int bad_scan(const mm_scan_job *job, int backward) {
+    if (job->batch < 1 || job->length < 1 || job->groups < 1 || job->channels < 1) return 1;
+    if (job->d_state < 1 || job->d_state > MM_MAX_STATE || !job->A) return 1;
+    int64_t elements = times(times(times(job->batch, job->length), job->groups), job->channels);
+    if (times(elements, job->d_state) < 0) return 1;
+    if (job->merge && job->groups > MM_MAX_ROUTES) return 1;
+    int mapped = 0;
+    for (int64_t k = 0; k < (job->merge ? job->groups : 1); k++) {
+        if (job->routes[k] < MM_ROW || job->routes[k] > MM_COLUMN_REVERSED) return 1;
+        mapped |= job->routes[k] == MM_COLUMN || job->routes[k] == MM_COLUMN_REVERSED;
+    }
+    if (mapped && (job->height < 1 || job->width < 1 || times(job->height, job->width) != job->length)) return 1;
+    if (bad_view(&job->u, 1) || bad_view(&job->delta, 1) || bad_view(&job->B, 1) || bad_view(&job->C, 1)) return 1;
+    if (bad_view(&job->z, 0) || (job->merge && job->z.data)) return 1;
+    if (!backward) return bad_view(&job->y, 1);
+    if (!job->states || !job->grad_A || !job->grad_B || !job->grad_C) return 1;
+    if ((job->D && !job->grad_D) || (job->delta_bias && !job->grad_delta_bias)) return 1;
+    return bad_view(&job->grad_y, 1) || bad_view(&job->grad_u, 1) || bad_view(&job->grad_delta, 1) ||
+           (job->z.data && bad_view(&job->grad_z, 1));
+}
+
+static int bad_conv(const mm_conv_job *job, int backward) {
+    if (job->batch < 1 || job->length < 1 || job->channels < 1 || job->taps < 1 || job->taps > MM_MAX_TAPS) return 1;
+    if (!job->weight || times(times(times(job->batch, job->length), job->channels), job->taps) < 0) return 1;
+    if (bad_view(&job->x, 1)) return 1;
+    if (!backward) return bad_view(&job->y, 1);
+    if (!job->grad_weight || (job->bias && !job->grad_bias)) return 1;
+    return bad_view(&job->grad_y, 1) || bad_view(&job->grad_x, 1);
+}
+
+/* ---- jobs ---- */
+
+typedef struct {
+    const void *job;
+    const mm_partials *partials;
+    const mm_kernels *kernels;
+} context;
+
+static void run_scan_forward(const void *c, int64_t item, void *scratch) {
+    const context *x = c;
+    x->kernels->scan_forward(x->job, item, scratch);
+}
+static void run_scan_backward(const void *c, int64_t item, void *scratch) {
+    const context *x = c;
+    x->kernels->scan_backward(x->job, x->partials, item, scratch);
+}
+static void run_conv_forward(const void *c, int64_t item, void *scratch) {
+    const context *x = c;
+    x->kernels->conv_forward(x->job, item, scratch);
+}
+static void run_conv_backward(const void *c, int64_t item, void *scratch) {
+    const context *x = c;
+    x->kernels->conv_backward(x->job, x->partials, item, scratch);
+}
+
+/* target[i] = sum over k of parts[k][i], in order; the first part may be the target itself. */
+static void add_parts(float *target, const float *first, const float *rest, int64_t count, int64_t size) {
+    if (first != target) memcpy(target, first, (size_t)size * sizeof(float));
+    for (int64_t k = 1; k < count; k++)
+        for (int64_t i = 0; i < size; i++) target[i] += rest[(k - 1) * size + i];
+}
+
+/* How many parts share the channels of a group in the backward pass: about eight work items in all, but no more than a
+ * quarter of the input's memory for their sums of B and C, and at least two where there is no other parallelism. */
+static int64_t backward_parts(const mm_scan_job *job) {
+    int64_t independent = job->merge ? job->batch : job->batch * job->groups;
+    int64_t parts = mm_ceil(8, independent), affordable = 1 + job->channels / (8 * job->d_state);
+    if (affordable < 2) affordable = 2;
+    if (parts > affordable) parts = affordable;
+    int64_t blocks = mm_ceil(job->channels, MM_BLOCK);
+    return parts < blocks ? parts : blocks;
+}
+
+EXPORT int mm_scan_forward(const mm_scan_job *job, int64_t index, int64_t threads) {
+    const mm_kernels *kernels = variant(index);
+    if (!kernels) return MM_NO_VARIANT;
+    if (bad_scan(job, 0)) return MM_BAD_ARGUMENT;
+    context c = {job, NULL, kernels};
+    int64_t blocks = mm_ceil(job->channels, MM_BLOCK), items = job->batch * (job->merge ? 1 : job->groups) * blocks;
+    int64_t updates = job->batch * job->length * job->groups * job->channels * job->d_state;
+    work w = {run_scan_forward, &c, kernels->scan_forward_scratch(job), items, 0, 0};
+    return run(&w, useful_threads(threads, updates));
+}
+
+EXPORT int mm_scan_backward(const mm_scan_job *job, int64_t index, int64_t threads) {
+    const mm_kernels *kernels = variant(index);
+    if (!kernels) return MM_NO_VARIANT;
+    if (bad_scan(job, 1)) return MM_BAD_ARGUMENT;
+    int64_t rows = job->groups * job->channels, matrix = job->batch * job->length * job->groups * job->d_state;
+    int64_t parts = backward_parts(job), per_batch = rows * (job->d_state + 2);
+    int64_t items = job->batch * (job->merge ? 1 : job->groups) * parts;
+    float *sums = malloc((size_t)(job->batch * per_batch) * sizeof(float));
+    float *matrices = parts > 1 ? malloc((size_t)(2 * (parts - 1) * matrix) * sizeof(float)) : NULL;
+    int status = sums && (matrices || parts == 1) ? MM_OK : MM_NO_MEMORY;
+    if (status == MM_OK) {
+        mm_partials partials = {parts, matrices, parts > 1 ? matrices + (parts - 1) * matrix : NULL, sums,
+                                sums + job->batch * rows * job->d_state,
+                                sums + job->batch * rows * (job->d_state + 1)};
+        context c = {job, &partials, kernels};
+        work w = {run_scan_backward, &c, kernels->scan_backward_scratch(job, &partials), items, 0, 0};
+        status = run(&w, useful_threads(threads, job->length * job->batch * rows * job->d_state * 2));
+        if (status == MM_OK) {
+            add_parts(job->grad_B, job->grad_B, partials.B, parts, matrix);
+            add_parts(job->grad_C, job->grad_C, partials.C, parts, matrix);
+            int64_t size = rows * job->d_state;
+            add_parts(job->grad_A, partials.A, partials.A + size, job->batch, size);
+            if (job->D) add_parts(job->grad_D, partials.D, partials.D + rows, job->batch, rows);
+            if (job->delta_bias) add_parts(job->grad_delta_bias, partials.bias, partials.bias + rows, job->batch, rows);
+        }
+    }
+    free(sums);
+    free(matrices);
+    return status;
+}
+
+EXPORT int mm_conv_forward(const mm_conv_job *job, int64_t index, int64_t threads) {
+    const mm_kernels *kernels = variant(index);
+    if (!kernels) return MM_NO_VARIANT;
+    if (bad_conv(job, 0)) return MM_BAD_ARGUMENT;
+    context c = {job, NULL, kernels};
+    work w = {run_conv_forward, &c, kernels->conv_scratch(job), job->batch * mm_ceil(job->length, MM_CONV_SEGMENT), 0, 0};
+    return run(&w, useful_threads(threads, job->batch * job->length * job->channels * 4));
+}
+
+EXPORT int mm_conv_backward(const mm_conv_job *job, int64_t index, int64_t threads) {
+    const mm_kernels *kernels = variant(index);
+    if (!kernels) return MM_NO_VARIANT;
+    if (bad_conv(job, 1)) return MM_BAD_ARGUMENT;
+    int64_t size = job->channels * (job->taps + 1);
+    float *sums = malloc((size_t)(job->batch * size) * sizeof(float));
+    if (!sums) return MM_NO_MEMORY;
+    mm_partials partials = {1, NULL, NULL, sums, NULL, sums + job->batch * job->channels * job->taps};
+    context c = {job, &partials, kernels};
+    int64_t items = job->batch * mm_ceil(job->channels, MM_BLOCK);
+    work w = {run_conv_backward, &c, kernels->conv_scratch(job), items, 0, 0};
+    int status = run(&w, useful_threads(threads, job->batch * job->length * job->channels * 8));
+    if (status == MM_OK) {
+        int64_t weights = job->channels * job->taps;
+        add_parts(job->grad_weight, partials.A, partials.A + weights, job->batch, weights);
+        if (job->bias)
+            add_parts(job->grad_bias, partials.bias, partials.bias + job->channels, job->batch, job->channels);
+    }
+    free(sums);
+    return status;
+}
