@@ -1,0 +1,172 @@
+"""The commands users type, through the installed and unmodified nnU-Net, on a tiny data set."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from tests.nnunet.conftest import DATASET_ID
+
+SHORT = {"MONAI_MAMBA_EPOCHS": "1", "MONAI_MAMBA_ITERATIONS": "2"}
+
+
+def _nnunet_search_works() -> bool:
+    # nnU-Net's search for foreign trainers imports timm, which needs a torchvision that matches torch.
+    return subprocess.run([sys.executable, "-c", "import timm"], capture_output=True).returncode == 0
+
+
+needs_nnunet_search = pytest.mark.skipif(not _nnunet_search_works(), reason="timm does not import: torchvision?")
+
+
+def assert_is_prediction(path: Path, image: Path) -> None:
+    prediction, original = sitk.ReadImage(str(path)), sitk.ReadImage(str(image))
+    assert prediction.GetSize() == original.GetSize()
+    assert prediction.GetSpacing() == pytest.approx(original.GetSpacing())
+    assert set(np.unique(sitk.GetArrayFromImage(prediction))) <= {0, 1, 2}
+
+
+@needs_nnunet_search
+def test_stock_commands_train_and_predict_3d_fullres(fresh_results):
+    folders = fresh_results
+    trained = folders.run(
+        *f"nnUNetv2_train {DATASET_ID} 3d_fullres 0 -tr nnMambaTrainerQuick -device cpu".split(), **SHORT
+    )
+    assert "Using trainer 'nnMambaTrainerQuick'" in trained.stdout
+    fold = folders.results / "nnMambaTrainerQuick__nnUNetPlans__3d_fullres" / "fold_0"
+    assert (fold / "checkpoint_final.pth").exists()
+    summary = json.loads((fold / "validation" / "summary.json").read_text())
+    assert np.isfinite(summary["foreground_mean"]["Dice"])
+    output = folders.root / "prediction"
+    folders.run(
+        *f"nnUNetv2_predict -i {folders.raw}/imagesTs -o {output} -d {DATASET_ID} -c 3d_fullres -f 0".split(),
+        *"-tr nnMambaTrainerQuick -device cpu -npp 1 -nps 1".split(),
+    )
+    assert_is_prediction(output / "case_6.nii.gz", folders.raw / "imagesTs" / "case_6_0000.nii.gz")
+
+
+def test_wrapper_commands_train_resume_and_predict_2d_without_startup_file(fresh_results):
+    folders = fresh_results
+    off = {"MONAI_MAMBA_NO_STARTUP": "1", "nnUNet_extTrainer": ""}
+    train = (
+        f"monai-mamba nnunet train {DATASET_ID} 2d 0 -tr nnMambaTrainerQuickNoSSM -device cpu --iterations 2".split()
+    )
+    folders.run(*train, "--epochs", "1", **off)
+    fold = folders.results / "nnMambaTrainerQuickNoSSM__nnUNetPlans__2d" / "fold_0"
+    # A longer run continues where the shorter one stopped.
+    shutil.move(fold / "checkpoint_final.pth", fold / "checkpoint_latest.pth")
+    folders.run(*train, "--epochs", "2", "--c", **off)
+    final = torch.load(fold / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    assert final["current_epoch"] == 2
+    assert len(final["logging"]["train_losses"]) == 2
+    output = folders.root / "prediction_2d"
+    folders.run(
+        *f"monai-mamba nnunet predict -i {folders.raw}/imagesTs -o {output} -d {DATASET_ID} -c 2d -f 0".split(),
+        *"-tr nnMambaTrainerQuickNoSSM -device cpu -npp 1 -nps 1".split(),
+        **off,
+    )
+    assert_is_prediction(output / "case_6.nii.gz", folders.raw / "imagesTs" / "case_6_0000.nii.gz")
+
+
+def test_killed_training_resumes_from_the_latest_checkpoint(fresh_results):
+    folders = fresh_results
+    command = f"monai-mamba nnunet train {DATASET_ID} 2d 0 -tr nnMambaTrainerQuickNoSSM -device cpu".split()
+    program = Path(sys.executable).with_name(command[0])
+    process = subprocess.Popen(
+        [str(program), *command[1:], "--epochs", "500", "--iterations", "1"],
+        env=folders.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    latest = folders.results / "nnMambaTrainerQuickNoSSM__nnUNetPlans__2d" / "fold_0" / "checkpoint_latest.previous.pth"
+    deadline = time.monotonic() + 240
+    while not latest.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert latest.exists(), "the training wrote no second checkpoint"
+    resumed = folders.run(*command, "--epochs", "4", "--iterations", "1", "--c")
+    assert "no checkpoint available" not in resumed.stdout
+    assert (latest.parent / "checkpoint_final.pth").exists()
+    assert not latest.exists()
+
+
+def test_unknown_trainer_is_reported_by_nnunet(planned):
+    result = planned.run(
+        *f"monai-mamba nnunet train {DATASET_ID} 2d 0 -tr nnMambaTrainerr -device cpu".split(), check=False
+    )
+    assert result.returncode
+    assert "nnMambaTrainerr" in result.stderr
+
+
+@needs_nnunet_search
+def test_wheel_in_a_fresh_environment_registers_the_trainers_and_uninstall_removes_them(tmp_path):
+    """The start-up file of the wheel, its opt-out, a user's own folder, and nothing left behind."""
+    source = Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = Path(
+        subprocess.check_output(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+        ).strip()
+    )
+    # The dependencies of the outer environment as a plain path: its own start-up files do not run from there.
+    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("nnUNet_", "MONAI_MAMBA_", "PYTHON"))}
+
+    def run(code: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [python, "-c", code], env=environment | extra, capture_output=True, text=True, cwd=tmp_path
+        )
+
+    def pip(*arguments: str) -> None:
+        subprocess.run([python, "-m", "pip", "-q", *arguments], check=True, capture_output=True, cwd=tmp_path)
+
+    show = "import os; print(os.environ.get('nnUNet_extTrainer', ''))"
+    find = (
+        "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find\n"
+        "print(find('nnMambaTrainer').__name__)"
+    )
+    assert run(show).stdout.strip() == ""
+    pip("install", "--no-deps", "--no-index", str(wheel))
+    assert run(show).stdout.strip() == str(site / "nnunet_trainers")
+    assert run(show, MONAI_MAMBA_NO_STARTUP="1").stdout.strip() == ""
+    assert run(show, nnUNet_extTrainer="/mine").stdout.strip().split(os.pathsep)[0] == "/mine"
+    found = run(find)
+    assert found.stdout.strip().endswith("nnMambaTrainer"), found.stderr
+    assert f"from: {site / 'nnunet_trainers'}" in found.stdout
+    pip("uninstall", "-y", "monai-mamba")
+    assert run(show).stdout.strip() == ""
+    assert not [p.name for p in site.iterdir() if "mamba" in p.name or "nnunet_trainers" in p.name]
+
+
+def test_startup_file_is_cheap_and_never_raises():
+    spec = importlib.util.find_spec("_monai_mamba_startup")
+    assert spec is not None, "the package is not installed: pip install -e ."
+    code = "import sys, _monai_mamba_startup as s; s.register(); print([m for m in sys.modules if 'torch' in m])"
+    for environment in ({}, {"nnUNet_extTrainer": os.pathsep * 3}):
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
+        )
+        assert result.stdout.strip() == "[]"
+        assert not result.stderr

@@ -1,0 +1,223 @@
+"""The trainer class by itself: network, losses, optimiser groups, checkpoints that survive kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from monai_mamba.errors import CheckpointError
+from monai_mamba.nnunet.checkpoint import load_or_previous, previous_path, replace_atomically
+from tests.nnunet.conftest import _FOLDERS
+
+
+@pytest.fixture
+def make_trainer(planned, monkeypatch, tmp_path):
+    """Build an initialized trainer by name, for a plan that may be changed."""
+    for name in _FOLDERS:
+        monkeypatch.setenv(name, str(planned.root / name.removeprefix("nnUNet_")))
+
+    def make(name="nnMambaTrainerQuick", configuration="3d_fullres", patch_size=None):
+        from monai_mamba.nnunet.lookup import find_trainer
+
+        plans = json.loads((planned.preprocessed / "nnUNetPlans.json").read_text())
+        plans["continue_training"] = False
+        if patch_size is not None:
+            plans["configurations"][configuration]["patch_size"] = list(patch_size)
+        dataset_json = json.loads((planned.preprocessed / "dataset.json").read_text())
+        trainer = find_trainer(name)(plans, configuration, 0, dataset_json, torch.device("cpu"))
+        trainer.output_folder = str(tmp_path)
+        trainer.log_file = str(tmp_path / "log.txt")
+        trainer.initialize()
+        return trainer
+
+    return make
+
+
+def random_batch(trainer, batch_size=2):
+    size = trainer.configuration_manager.patch_size
+    scales = trainer._get_deep_supervision_scales() or [[1.0] * len(size)]
+    targets = [
+        torch.randint(0, 3, (batch_size, 1, *(round(n * s) for n, s in zip(size, scale, strict=True)))).float()
+        for scale in scales
+    ]
+    return {
+        "data": torch.randn(batch_size, 1, *size),
+        "target": targets if trainer.enable_deep_supervision else targets[0],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "patch_size"),
+    [
+        ("nnMambaTrainerQuick", (40, 56, 40)),
+        ("nnMambaTrainerQuick", (20, 48, 48)),
+        ("nnMambaTrainerQuick", (10, 32, 32)),
+        ("nnMambaTrainerQuickNoSSM", (20, 48, 48)),
+        ("nnMambaTrainerNoDeepSupervision", (10, 32, 32)),
+    ],
+    ids=str,
+)
+def test_training_step_and_prediction_for_anisotropic_patches(make_trainer, name, patch_size):
+    trainer = make_trainer(name, patch_size=patch_size)
+    loss = trainer.train_step(random_batch(trainer))["loss"]
+    assert np.isfinite(loss)
+    trainer.set_deep_supervision_enabled(False)
+    with torch.no_grad():
+        logits = trainer.network(torch.randn(1, 1, *patch_size))
+    assert logits.shape == (1, 3, *patch_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch_size", [(20, 320, 320), (10, 224, 224)], ids=str)
+def test_training_step_and_prediction_for_full_size_anisotropic_patches(make_trainer, patch_size):
+    trainer = make_trainer(patch_size=patch_size)
+    assert np.isfinite(trainer.train_step(random_batch(trainer))["loss"])
+    trainer.set_deep_supervision_enabled(False)
+    with torch.no_grad():
+        assert trainer.network(torch.randn(1, 1, *patch_size)).shape == (1, 3, *patch_size)
+
+
+def test_deep_supervision_switch_obeys_the_variant(make_trainer):
+    trainer = make_trainer("nnMambaTrainerQuick")
+    trainer.set_deep_supervision_enabled(True)
+    assert trainer.network.decoder.deep_supervision
+    assert len(trainer.loss.weight_factors) == 4 and min(trainer.loss.weight_factors) > 0
+    assert sum(trainer.loss.weight_factors) == pytest.approx(1)
+    trainer = make_trainer("nnMambaTrainerNoDeepSupervision")
+    trainer.set_deep_supervision_enabled(True)
+    assert not trainer.network.decoder.deep_supervision
+
+
+def test_state_space_parameters_do_not_decay(make_trainer):
+    trainer = make_trainer()
+    decaying, exempt = trainer.optimizer.param_groups
+    assert decaying["weight_decay"] > 0 and exempt["weight_decay"] == 0
+    names = {id(p): n for n, p in trainer.network.named_parameters()}
+    assert {names[id(p)].rsplit("mamba.", 1)[1] for p in exempt["params"]} == {"A_log", "D", "dt_proj.bias"}
+    assert len(decaying["params"]) + len(exempt["params"]) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "head"),
+    [
+        ("nnMambaTrainer", torch.optim.AdamW, "Conv1x1Head"),
+        ("nnMambaTrainerPublished", torch.optim.Adam, "DoubleConv"),
+        ("nnMambaTrainerSGD", torch.optim.SGD, "Conv1x1Head"),
+    ],
+)
+def test_variants_differ_as_named(make_trainer, name, optimizer, head):
+    trainer = make_trainer(name)
+    assert type(trainer.optimizer) is optimizer
+    assert type(trainer.network.decoder.seg_layers[0]).__name__ == head
+
+
+def test_length_from_the_environment(make_trainer, monkeypatch):
+    monkeypatch.setenv("MONAI_MAMBA_EPOCHS", "7")
+    monkeypatch.setenv("MONAI_MAMBA_ITERATIONS", "3")
+    trainer = make_trainer()
+    assert (trainer.num_epochs, trainer.num_iterations_per_epoch) == (7, 3)
+    monkeypatch.setenv("MONAI_MAMBA_EPOCHS", "-1")
+    with pytest.raises(ValueError, match="`MONAI_MAMBA_EPOCHS` must be a positive whole number, got '-1'"):
+        make_trainer()
+
+
+def test_no_amp_variant_computes_in_float32(make_trainer):
+    trainer = make_trainer("nnMambaTrainerNoAMP", patch_size=(10, 32, 32))
+    assert trainer.grad_scaler is None
+    # On this machine only the wrapper can be seen at work: autocast is off inside, whatever it is outside.
+    seen = []
+    trainer.network.encoder.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cuda")))
+    with torch.no_grad():
+        trainer.network(torch.randn(2, 1, 10, 32, 32))
+    assert seen == [False]
+
+
+def test_checkpoint_round_trip_continues_the_run(make_trainer, tmp_path):
+    trainer = make_trainer(patch_size=(10, 32, 32))
+    trainer.train_step(random_batch(trainer))
+    trainer.logger.log("train_losses", np.float32(0.5), 0)
+    trainer.save_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
+    other = make_trainer(patch_size=(10, 32, 32))
+    other.load_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
+    assert other.current_epoch == 1
+    for (name, a), b in zip(trainer.network.state_dict().items(), other.network.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    batch = random_batch(trainer)
+    assert trainer.train_step(batch)["loss"] == other.train_step(batch)["loss"]
+
+
+def test_damaged_checkpoint_gives_way_to_the_previous_one(make_trainer, tmp_path, caplog):
+    trainer = make_trainer(patch_size=(10, 32, 32))
+    path = tmp_path / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(path))
+    trainer.current_epoch = 41
+    trainer.save_checkpoint(str(path))
+    assert load_or_previous(path, torch.device("cpu"))["current_epoch"] == 42
+    path.write_bytes(path.read_bytes()[:1000])
+    trainer.load_checkpoint(str(path))
+    assert trainer.current_epoch == 1
+    assert "checkpoint_latest.previous.pth instead" in caplog.text
+    previous_path(path).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint could be loaded"):
+        trainer.load_checkpoint(str(path))
+
+
+def test_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path):
+    canary = tmp_path / "canary"
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(canary),)
+
+    torch.save({"network_weights": Payload()}, tmp_path / "checkpoint_latest.pth")
+    with pytest.raises(CheckpointError):
+        load_or_previous(tmp_path / "checkpoint_latest.pth", torch.device("cpu"))
+    assert not canary.exists()
+
+
+def test_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
+    path = tmp_path / "checkpoint_latest.pth"
+    path.write_bytes(b"old")
+
+    def write(name):
+        with open(name, "wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device", name)
+
+    with pytest.raises(OSError, match="No space left"):
+        replace_atomically(path, write)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_kill_9_during_saving_never_leaves_less_than_a_whole_checkpoint(make_trainer, tmp_path):
+    trainer = make_trainer(patch_size=(10, 32, 32))
+    trainer.train_step(random_batch(trainer))
+    path = tmp_path / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(path))
+    began = time.monotonic()
+    trainer.save_checkpoint(str(path))
+    duration = time.monotonic() - began
+    rng = random.Random(0)
+    interrupted = 0
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            while True:  # save until killed
+                trainer.current_epoch += 1
+                trainer.save_checkpoint(str(path))
+        time.sleep(rng.uniform(0.5, 2.5) * duration)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        interrupted += bool(list(tmp_path.glob(".*.tmp")))
+        newest = torch.load(path, map_location="cpu", weights_only=False)  # the file nnU-Net itself would read
+        assert newest["network_weights"].keys() == trainer.network.state_dict().keys()
+        assert load_or_previous(previous_path(path), torch.device("cpu"))["current_epoch"] >= 1
+    assert interrupted >= 5, "the kills hit no write: the test proves nothing"
