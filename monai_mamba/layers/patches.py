@@ -1,6 +1,9 @@
-"""Parts of two-dimensional hierarchical networks: layout changes, patch merging, the check of the input."""
+"""Parts of two-dimensional hierarchical networks: layout changes, patch merging, checks of sizes."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -76,3 +79,19 @@ def check_image(x: Tensor, in_channels: int, minimum: int = 1, cure: str = "resi
     if min(x.shape[2:]) < minimum:
         raise ValueError(f"`x` must be at least {minimum} pixels high and wide, got {tuple(x.shape[2:])}; {cure}")
     return x.expand(-1, in_channels, -1, -1)
+
+
+def stage_dims(dims: Sequence[int] | int, depths: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the channels per stage.
+
+    Raises:
+        ValueError: if widths and depths do not fit together.
+    """
+    if not depths or min(depths) < 1:
+        raise ValueError(f"`depths` must name at least one block for each stage, got {depths}")
+    widths = tuple(dims * 2**i for i in range(len(depths))) if isinstance(dims, int) else tuple(dims)
+    if len(widths) != len(depths) or min(widths) < 1:
+        raise ValueError(f"`dims` must give a positive width for each of the {len(depths)} `depths`, got {dims}")
+    if any(b != 2 * a for a, b in itertools.pairwise(widths)):
+        raise ValueError(f"`dims` must double from stage to stage, got {widths}")
+    return widths

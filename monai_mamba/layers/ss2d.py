@@ -160,3 +160,13 @@ def check_mixer(mixer: str) -> None:
     """Raise ``ValueError`` unless ``mixer`` is ``"mamba"`` or ``"none"``."""
     if mixer not in ("mamba", "none"):
         raise ValueError(f"`mixer` must be one of 'mamba', 'none', got {mixer!r}")
+
+
+def scan_parameters_without_decay(network: nn.Module) -> set[str]:
+    """Names of the decay rates, skips and step size biases of all scans of a network."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in network.named_modules()
+        if isinstance(module, RouteScan)
+        for name in module.no_weight_decay()
+    }

@@ -4,5 +4,7 @@ from __future__ import annotations
 
 from monai_mamba.networks.medmamba import MedMamba
 from monai_mamba.networks.nnmamba import NNMambaSeg
+from monai_mamba.networks.vmamba import VMamba, VMambaBackbone
+from monai_mamba.networks.xfmamba import XFMamba
 
-__all__ = ["MedMamba", "NNMambaSeg"]
+__all__ = ["MedMamba", "NNMambaSeg", "VMamba", "VMambaBackbone", "XFMamba"]

@@ -7,7 +7,6 @@ References:
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 
 from monai_mamba.layers.checkpoint import checkpointed
 from monai_mamba.layers.drop_path import DropPath, drop_path_schedule
-from monai_mamba.layers.patches import PatchMerging, check_image, check_odd_size
-from monai_mamba.layers.ss2d import SS2D, RouteScan
+from monai_mamba.layers.patches import PatchMerging, check_image, check_odd_size, stage_dims
+from monai_mamba.layers.ss2d import SS2D, scan_parameters_without_decay
 from monai_mamba.layers.taps import Taps
 
 #: Renames from the released state dict to ours, applied in order with ``re.sub``.
@@ -263,32 +262,6 @@ class MedMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x)[-1])
-
-
-def stage_dims(dims: Sequence[int] | int, depths: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the channels per stage.
-
-    Raises:
-        ValueError: if widths and depths do not fit together.
-    """
-    if not depths or min(depths) < 1:
-        raise ValueError(f"`depths` must name at least one block for each stage, got {depths}")
-    widths = tuple(dims * 2**i for i in range(len(depths))) if isinstance(dims, int) else tuple(dims)
-    if len(widths) != len(depths) or min(widths) < 1:
-        raise ValueError(f"`dims` must give a positive width for each of the {len(depths)} `depths`, got {dims}")
-    if any(b != 2 * a for a, b in itertools.pairwise(widths)):
-        raise ValueError(f"`dims` must double from stage to stage, got {widths}")
-    return widths
-
-
-def scan_parameters_without_decay(network: nn.Module) -> set[str]:
-    """Names of the decay rates, skips and step size biases of all scans of a network."""
-    return {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in network.named_modules()
-        if isinstance(module, RouteScan)
-        for name in module.no_weight_decay()
-    }
 
 
 def _initialize(module: nn.Module) -> None:
