@@ -6,6 +6,8 @@ can meet without having made a programming mistake. Only the command line turns 
 
 from __future__ import annotations
 
+import os
+
 
 class MonaiMambaError(Exception):
     """Base of all errors of this package; its text is fit to be shown to a user as it stands."""
@@ -16,7 +18,17 @@ class BackendError(MonaiMambaError, RuntimeError):
 
 
 class CheckpointError(MonaiMambaError):
-    """A weight or checkpoint file is damaged, unsafe, or does not fit the network."""
+    """A weight or checkpoint file is damaged, unsafe, or does not fit the network.
+
+    Args:
+        reason: what is wrong and what to do.
+        path: the file, where there is one; it stands in front of the reason.
+    """
+
+    def __init__(self, reason: str, path: os.PathLike[str] | str | None = None) -> None:
+        super().__init__(reason if path is None else f"{os.fspath(path)}: {reason}")
+        self.reason = reason
+        self.path = None if path is None else os.fspath(path)
 
 
 class DatasetError(MonaiMambaError):
