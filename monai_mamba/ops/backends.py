@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from monai_mamba.errors import BackendError
+from monai_mamba.ops.routes import repeat_routes, stack_routes, sum_routes, unstack_routes
 
 ENVIRONMENT_VARIABLE = "MONAI_MAMBA_BACKEND"
 
@@ -31,11 +32,11 @@ class Call:
     """What a backend is asked to serve; everything here is known without looking at the data.
 
     Attributes:
-        op: ``"selective_scan"`` or ``"causal_conv1d"``.
+        op: ``"selective_scan"``, ``"ss2d_scan"`` or ``"causal_conv1d"``.
         device_type: ``"cpu"``, ``"cuda"``, ...
         dtype: type of the main input.
-        batch, length, channels: sizes of the main input, ``(B, L, D)``.
-        groups, d_state: number of groups and of states of the scan; 1 and 0 for the convolution.
+        batch, length, channels: sizes of the main input, ``(B, L, D)``; the pixels of a map are its length.
+        groups, d_state: number of groups (routes of a map) and of states of the scan; 1 and 0 for the convolution.
         width: taps of the convolution; 0 for the scan.
     """
 
@@ -127,6 +128,68 @@ class Backend:
         """
         raise BackendError(f"backend {self.name!r} has no selective scan")
 
+    def ss2d_forward(
+        self,
+        x: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        delta_bias: Tensor | None,
+        routes: tuple[str, ...],
+        delta_softplus: bool,
+        save_states: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the sum over the routes ``(B, H, W, D)`` and, if asked, the states of :meth:`scan_forward`.
+
+        The states are those of the scan with one group per route: ``(B, ceil(L / 64), K * D, N)``. By default the
+        routes are laid out as sequences for :meth:`scan_forward`; a backend with a fused kernel overrides this.
+        """
+        # The routes are added up in the type of the state.
+        u = repeat_routes(x.to(torch.promote_types(x.dtype, torch.float32)), routes).flatten(2)
+        y, states = self.scan_forward(
+            u, *_sequences(delta, A, B, C, D, delta_bias, routes), delta_softplus, save_states
+        )
+        total = sum_routes(y.unflatten(2, (len(routes), -1)), routes, (x.shape[1], x.shape[2]))
+        return total.to(x.dtype), states
+
+    def ss2d_backward(
+        self,
+        grad_y: Tensor,
+        states: Tensor | None,
+        x: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        delta_bias: Tensor | None,
+        routes: tuple[str, ...],
+        delta_softplus: bool,
+    ) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of ``x, delta, A, B, C, D, delta_bias``, None where the argument is None."""
+        size, dtype = (x.shape[1], x.shape[2]), torch.promote_types(x.dtype, torch.float32)
+        grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, _, grad_bias = self.scan_backward(
+            repeat_routes(grad_y.to(dtype), routes).flatten(2),
+            states,
+            repeat_routes(x.to(dtype), routes).flatten(2),
+            *_sequences(delta, A, B, C, D, delta_bias, routes),
+            delta_softplus,
+        )
+        assert grad_u is not None and grad_delta is not None and grad_A is not None
+        assert grad_B is not None and grad_C is not None
+        per_route = (len(routes), -1)
+        return (
+            sum_routes(grad_u.unflatten(2, per_route), routes, size).to(x.dtype),
+            unstack_routes(grad_delta.unflatten(2, per_route), routes, size),
+            grad_A.unflatten(0, per_route),
+            unstack_routes(grad_B, routes, size),
+            unstack_routes(grad_C, routes, size),
+            None if grad_D is None else grad_D.unflatten(0, per_route),
+            None if grad_bias is None else grad_bias.unflatten(0, per_route),
+        )
+
     def conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
         """Compute the causal depthwise convolution of ``x`` ``(B, L, D)`` with ``weight`` ``(D, W)``."""
         raise BackendError(f"backend {self.name!r} has no causal convolution")
@@ -136,6 +199,27 @@ class Backend:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Compute the gradients of ``x``, ``weight`` and ``bias``."""
         raise BackendError(f"backend {self.name!r} has no causal convolution")
+
+
+def _sequences(
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    routes: tuple[str, ...],
+) -> tuple[Tensor | None, ...]:
+    """Lay out the arguments of a map after ``x`` as those of a sequence after ``u``, one group per route."""
+    return (
+        stack_routes(delta, routes).flatten(2),
+        A.flatten(0, 1),
+        stack_routes(B, routes),
+        stack_routes(C, routes),
+        None if D is None else D.flatten(),
+        None,
+        None if delta_bias is None else delta_bias.flatten(),
+    )
 
 
 _REGISTRY: dict[str, Backend] = {}

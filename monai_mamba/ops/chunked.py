@@ -139,7 +139,7 @@ class TorchBackend(Backend):
 
     name = "torch"
     priority = 10
-    ops = frozenset({"selective_scan", "causal_conv1d"})
+    ops = frozenset({"selective_scan", "ss2d_scan", "causal_conv1d"})
     is_fallback = True
 
     def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states):

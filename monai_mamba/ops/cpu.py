@@ -1,4 +1,4 @@
-"""Backend ``cpu``: the scan and the convolution in C, with vectors across channels (`csrc/kernels.c`).
+"""Backend ``cpu``: the scans and the convolution in C, with vectors across channels (`csrc/kernels.c`).
 
 The C library is part of the binary wheels; from source it is compiled on first use into the user's cache folder
 (:mod:`monai_mamba.ops.cpu_library`). It runs without the interpreter lock on ``torch.get_num_threads()`` threads, and
@@ -49,7 +49,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     priority = 100
-    ops = frozenset({"selective_scan", "causal_conv1d"})
+    ops = frozenset({"selective_scan", "ss2d_scan", "causal_conv1d"})
     device_types = frozenset({"cpu"})
 
     def availability(self) -> Availability:
@@ -64,6 +64,8 @@ class CpuBackend(Backend):
     def refusal(self, call: Call) -> str | None:
         if call.dtype not in _TYPES:
             return f"it computes in float32, got {str(call.dtype)[6:]}"
+        if call.op == "ss2d_scan" and call.groups > cpu_library.MAX_ROUTES:
+            return f"it has at most {cpu_library.MAX_ROUTES} routes, got K={call.groups}"
         if call.d_state > cpu_library.MAX_STATE:
             return f"it has at most {cpu_library.MAX_STATE} states, got N={call.d_state}"
         if call.width > cpu_library.MAX_TAPS:
@@ -110,6 +112,41 @@ class CpuBackend(Backend):
             for g, t in zip(found, (u, delta, A, B, C, D, z, delta_bias), strict=True)
         )
 
+    def ss2d_forward(self, x, delta, A, B, C, D, delta_bias, routes, delta_softplus, save_states):
+        dense = tuple(_dense(t.flatten(1, 2)) for t in (x, delta, B, C))
+        A, D, delta_bias = (_parameter(t) for t in (A, D, delta_bias))
+        # The routes are added up in the output, which therefore is float32 until the end.
+        y = torch.empty(x.shape, dtype=torch.float32)
+        states = None
+        if save_states:
+            chunks = -(-x.shape[1] * x.shape[2] // STATE_INTERVAL)
+            states = torch.empty((x.shape[0], chunks, A.shape[0] * A.shape[1], A.shape[2]), dtype=torch.float32)
+        job = _map_job(x.shape, *dense, A, D, delta_bias, routes, delta_softplus, states)
+        job.y = _channel_view(y.flatten(1, 2), 0)
+        _run("scan_forward", job)
+        return y.to(x.dtype), states
+
+    def ss2d_backward(self, grad_y, states, x, delta, A, B, C, D, delta_bias, routes, delta_softplus):
+        if states is None:
+            _, states = self.ss2d_forward(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, True)
+        grad_y, *dense = (_dense(t.flatten(1, 2)) for t in (grad_y, x, delta, B, C))
+        A_, D_, delta_bias_, states = (_parameter(t) for t in (A, D, delta_bias, states))
+        job = _map_job(x.shape, *dense, A_, D_, delta_bias_, routes, delta_softplus, states)
+        grad_x, grad_delta = torch.empty(x.shape, dtype=torch.float32), torch.empty(delta.shape, dtype=delta.dtype)
+        grad_A, grad_B, grad_C, grad_D, grad_bias = (
+            None if t is None else torch.empty(t.shape, dtype=torch.float32) for t in (A, B, C, D, delta_bias)
+        )
+        job.grad_y = _channel_view(grad_y, 0)
+        job.grad_u = _channel_view(grad_x.flatten(1, 2), 0)
+        job.grad_delta = _group_view(grad_delta.flatten(1, 2))
+        job.grad_A, job.grad_B, job.grad_C = (_pointer(t) for t in (grad_A, grad_B, grad_C))
+        job.grad_D, job.grad_delta_bias = _pointer(grad_D), _pointer(grad_bias)
+        _run("scan_backward", job)
+        found = (grad_x, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias)
+        return tuple(
+            None if g is None else g.to(t.dtype) for g, t in zip(found, (x, delta, A, B, C, D, delta_bias), strict=True)
+        )
+
     def conv_forward(self, x, weight, bias, silu):
         x, weight, bias = _dense(x), _parameter(weight), _parameter(bias)
         y = torch.empty(x.shape, dtype=x.dtype)
@@ -153,8 +190,8 @@ def _channel_view(t: Tensor, channels: int) -> cpu_library.View:
     return cpu_library.View(t.data_ptr(), t.stride(0), t.stride(1), channels, _TYPES[t.dtype])
 
 
-def _matrix_view(t: Tensor) -> cpu_library.View:
-    """View ``(B, L, G, N)``."""
+def _group_view(t: Tensor) -> cpu_library.View:
+    """View ``(B, L, G, N)`` or ``(B, L, K, D)``."""
     return cpu_library.View(t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), _TYPES[t.dtype])
 
 
@@ -167,9 +204,23 @@ def _sequence_job(u, delta, A, B, C, D, z, delta_bias, delta_softplus, states) -
     job.d_state, job.height, job.width = A.shape[1], 1, u.shape[1]
     job.softplus = delta_softplus
     job.u, job.delta = _channel_view(u, job.channels), _channel_view(delta, job.channels)
-    job.B, job.C = _matrix_view(B), _matrix_view(C)
+    job.B, job.C = _group_view(B), _group_view(C)
     if z is not None:
         job.z = _channel_view(z, job.channels)
+    job.A, job.D, job.delta_bias, job.states = (_pointer(t) for t in (A, D, delta_bias, states))
+    return job
+
+
+def _map_job(shape, x, delta, B, C, A, D, delta_bias, routes, delta_softplus, states) -> cpu_library.ScanJob:
+    """Describe a scan along routes; ``x`` to ``C`` with flat pixels. The caller must keep the tensors alive."""
+    job = cpu_library.ScanJob()
+    job.batch, job.height, job.width, job.channels = shape
+    job.length, job.groups, job.d_state = shape[1] * shape[2], len(routes), A.shape[2]
+    job.softplus, job.merge = delta_softplus, True
+    for k, route in enumerate(routes):
+        job.routes[k] = cpu_library.ROUTE_CODES[route]
+    job.u, job.delta = _channel_view(x, 0), _group_view(delta)
+    job.B, job.C = _group_view(B), _group_view(C)
     job.A, job.D, job.delta_bias, job.states = (_pointer(t) for t in (A, D, delta_bias, states))
     return job
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from monai_mamba.ops.backends import Backend
+from monai_mamba.ops.routes import ROUTES, repeat_routes, stack_routes, sum_routes
 
 
 def selective_scan_reference(
@@ -55,6 +56,39 @@ def selective_scan_reference(
     return y.to(u.dtype)
 
 
+def ss2d_scan_reference(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    routes: tuple[str, ...] = ROUTES,
+    delta_softplus: bool = True,
+) -> Tensor:
+    """Scan a map along every route and sum at the pixels: cross-scan, one group per route, cross-merge.
+
+    Shape:
+        ``x`` ``(B, H, W, D)``, ``delta`` ``(B, H, W, K, D)``, ``A`` ``(K, D, N)``, ``B``, ``C`` ``(B, H, W, K, N)``,
+        ``D``, ``delta_bias`` ``(K, D)``. Returns ``(B, H, W, D)`` in the type of ``x``.
+    References:
+        Liu et al., VMamba: Visual State Space Model, 2024, arXiv:2401.10166, section 4.2.
+    """
+    y = selective_scan_reference(
+        repeat_routes(x.to(state_dtype(x)), routes).flatten(2),
+        stack_routes(delta, routes).flatten(2),
+        A.flatten(0, 1),
+        stack_routes(B, routes),
+        stack_routes(C, routes),
+        None if D is None else D.flatten(),
+        None,
+        None if delta_bias is None else delta_bias.flatten(),
+        delta_softplus,
+    )
+    return sum_routes(y.unflatten(2, (len(routes), -1)), routes, (x.shape[1], x.shape[2])).to(x.dtype)
+
+
 def causal_conv1d_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False) -> Tensor:
     """Convolve each channel with its own filter, looking back only: ``y[l] = sum_k w[k] x[l - W + 1 + k]``.
 
@@ -81,5 +115,5 @@ class ReferenceBackend(Backend):
 
     name = "reference"
     priority = 0
-    ops = frozenset({"selective_scan", "causal_conv1d"})
+    ops = frozenset({"selective_scan", "ss2d_scan", "causal_conv1d"})
     is_composite = True

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from monai_mamba.ops.reference import state_dtype
-from monai_mamba.ops.selective_scan import selective_scan
-
-#: The four routes of VMamba in the order of its parameters. ``row`` visits the pixels in the order ``h * W + w``,
-#: ``column`` in the order ``w * H + h``; ``_reversed`` walks the same way backwards.
-ROUTES = ("row", "column", "row_reversed", "column_reversed")
+from monai_mamba.ops import backends
+from monai_mamba.ops.reference import ss2d_scan_reference, state_dtype
+from monai_mamba.ops.routes import ROUTES
+from monai_mamba.ops.selective_scan import _check_tensors, _full_precision
 
 
 def ss2d_scan(
@@ -52,50 +50,22 @@ def ss2d_scan(
     Raises:
         TypeError: if an argument is not a floating-point tensor.
         ValueError: if a route is unknown or named twice, or shapes, devices or precisions do not fit together.
+        BackendError: if the backend asked for is not available or cannot serve the call.
 
     References:
         Liu et al., VMamba: Visual State Space Model, 2024, arXiv:2401.10166, section 4.2.
     """
     routes = tuple(routes)
     _check_routes(routes)
+    _check_tensors(x=x, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
     _check_shapes(x, delta, A, B, C, D, delta_bias, len(routes))
-    size, channels = (x.shape[1], x.shape[2]), x.shape[3]
-    u = torch.cat([_to_sequence(x, route) for route in routes], dim=-1)  # (B, L, K * D)
-    y = selective_scan(
-        u,
-        torch.cat([_to_sequence(delta[:, :, :, k], route) for k, route in enumerate(routes)], dim=-1),
-        A.flatten(0, 1),
-        torch.stack([_to_sequence(B[:, :, :, k], route) for k, route in enumerate(routes)], dim=2),  # (B, L, K, N)
-        torch.stack([_to_sequence(C[:, :, :, k], route) for k, route in enumerate(routes)], dim=2),
-        None if D is None else D.flatten(),
-        None,
-        None if delta_bias is None else delta_bias.flatten(),
-        delta_softplus,
-        channels_last=True,
-        backend=backend,
-    ).to(state_dtype(x))
-    total = _from_sequence(y[..., :channels], routes[0], size)
-    for k, route in enumerate(routes[1:], start=1):
-        total = total + _from_sequence(y[..., k * channels : (k + 1) * channels], route, size)
-    return total.to(x.dtype)
-
-
-def _to_sequence(x: Tensor, route: str) -> Tensor:
-    """Lay out ``(B, H, W, E)`` as the sequence ``(B, L, E)`` that the route visits."""
-    if route.startswith("column"):
-        x = x.transpose(1, 2)
-    x = x.flatten(1, 2)
-    return x.flip(1) if route.endswith("reversed") else x
-
-
-def _from_sequence(y: Tensor, route: str, size: tuple[int, int]) -> Tensor:
-    """Invert :func:`_to_sequence`."""
-    height, width = size
-    if route.endswith("reversed"):
-        y = y.flip(1)
-    if route.startswith("column"):
-        return y.unflatten(1, (width, height)).transpose(1, 2)
-    return y.unflatten(1, (height, width))
+    name = backends.requested_name(backend)
+    if name and backends.get_backend(name).is_composite:
+        return ss2d_scan_reference(x, delta, A, B, C, D, delta_bias, routes, delta_softplus)
+    tensors = (x, delta, A, B, C, D, delta_bias)
+    save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, _ = torch.ops.monai_mamba.ss2d_scan_fwd(*tensors, ",".join(routes), delta_softplus, save_states, name)
+    return y
 
 
 def _check_routes(routes: tuple[str, ...]) -> None:
@@ -140,3 +110,93 @@ def _check_shapes(
                 f"`{name}` must have shape {forms.get(name, '(K, D)')} = {shape} as `x` and `A` say, got "
                 f"{tuple(tensor.shape)}"
             )
+
+
+def _resolve(x: Tensor, A: Tensor, name: str) -> backends.Backend:
+    batch, height, width, channels = x.shape
+    call = backends.Call(
+        op="ss2d_scan",
+        device_type=x.device.type,
+        dtype=x.dtype,
+        batch=batch,
+        length=height * width,
+        channels=channels,
+        groups=A.shape[0],
+        d_state=A.shape[2],
+    )
+    return backends.resolve(call, name)
+
+
+_INPUTS = (
+    "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, str routes, "
+    "bool delta_softplus"
+)
+
+
+@torch.library.custom_op(
+    "monai_mamba::ss2d_scan_fwd",
+    mutates_args=(),
+    schema=f"({_INPUTS}, bool save_states, str backend) -> (Tensor, Tensor)",
+)
+def _ss2d_scan_fwd(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, save_states, backend):
+    implementation = _resolve(x, A, backend)
+    with _full_precision(x):
+        y, states = implementation.ss2d_forward(
+            x, delta, A, B, C, D, delta_bias, tuple(routes.split(",")), delta_softplus, save_states
+        )
+    return y.contiguous(), x.new_empty(0, dtype=state_dtype(x)) if states is None else states
+
+
+@_ss2d_scan_fwd.register_fake
+def _(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, save_states, backend):
+    y = x.new_empty(x.shape)
+    if not save_states:
+        return y, x.new_empty(0, dtype=state_dtype(x))
+    batch, height, width, channels = x.shape
+    num_states = (height * width + backends.STATE_INTERVAL - 1) // backends.STATE_INTERVAL
+    shape = (batch, num_states, A.shape[0] * channels, A.shape[2])
+    return y, x.new_empty(shape, dtype=state_dtype(x))
+
+
+@torch.library.custom_op(
+    "monai_mamba::ss2d_scan_bwd",
+    mutates_args=(),
+    schema=f"(Tensor grad_y, Tensor states, {_INPUTS}, str backend) -> Tensor[]",
+)
+def _ss2d_scan_bwd(grad_y, states, x, delta, A, B, C, D, delta_bias, routes, delta_softplus, backend):
+    implementation = _resolve(x, A, backend)
+    known = states if states.numel() else None
+    with _full_precision(x):
+        gradients = implementation.ss2d_backward(
+            grad_y, known, x, delta, A, B, C, D, delta_bias, tuple(routes.split(",")), delta_softplus
+        )
+    return [g.contiguous() for g in gradients if g is not None]
+
+
+@_ss2d_scan_bwd.register_fake
+def _(grad_y, states, x, delta, A, B, C, D, delta_bias, routes, delta_softplus, backend):
+    return [t.new_empty(t.shape) for t in (x, delta, A, B, C, D, delta_bias) if t is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.routes, ctx.delta_softplus, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_y, _grad_states):
+    *tensors, states = ctx.saved_tensors
+    found = iter(
+        torch.ops.monai_mamba.ss2d_scan_bwd(grad_y, states, *tensors, ctx.routes, ctx.delta_softplus, ctx.backend)
+    )
+    return (*(None if t is None else next(found) for t in tensors), None, None, None, None)
+
+
+def _refuse_double_backward(ctx, *gradients):
+    raise backends.BackendError(
+        "the scan of a map has first derivatives only; for derivatives of derivatives call it with backend='reference'"
+    )
+
+
+_ss2d_scan_fwd.register_autograd(_backward, setup_context=_setup_context)
+_ss2d_scan_bwd.register_autograd(_refuse_double_backward)

@@ -280,7 +280,6 @@ static void vector_in(const float *row, int64_t count, float *tile) {
 
 static float *state_rows(const mm_scan_job *job, int64_t b, int64_t g, int64_t chunk, int64_t channel) {
     int64_t chunks = mm_ceil(job->length, MM_CHUNK), N = job->d_state;
-    if (job->merge) return job->states + (((b * job->groups + g) * chunks + chunk) * job->channels + channel) * N;
     return job->states + ((b * chunks + chunk) * job->groups * job->channels + g * job->channels + channel) * N;
 }
 
