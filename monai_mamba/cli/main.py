@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from monai_mamba import __version__
-from monai_mamba.cli import nnunet
+from monai_mamba.cli import doctor, nnunet
 from monai_mamba.errors import MonaiMambaError
 
 EXIT_DONE = 0
@@ -34,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-
+app.command("doctor")(doctor.doctor)
 app.add_typer(nnunet.app, name="nnunet")
 
 

@@ -147,18 +147,6 @@ class NNMambaEncoder(nn.Module):
         return features
 
 
-class Conv1x1Head(nn.Module):
-    """Two convolutions at full resolution and a 1x1 convolution to the classes; logits of either sign."""
-
-    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, norm: str) -> None:
-        super().__init__()
-        self.block = DoubleConv(spatial_dims, in_channels, in_channels // 2, norm=norm)
-        self.conv = convolution(spatial_dims, in_channels // 2, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.block(x))
-
-
 class NNMambaDecoder(nn.Module):
     """U-shaped decoder with channel gates on the skips and one segmentation layer per resolution it reports.
 
@@ -181,11 +169,17 @@ class NNMambaDecoder(nn.Module):
         skips = [init_filters * 4, init_filters * 2, init_filters]
         self.gates = nn.ModuleList(ChannelGate(width) for width in skips)
         self.blocks = nn.ModuleList(DoubleConv(spatial_dims, 3 * width, width, norm=norm) for width in skips)
+        # What depends on the number of classes is in `seg_layers`, all else stays when weights are transferred.
+        self.full_resolution = (
+            nn.Identity()
+            if head == "double_conv"
+            else DoubleConv(spatial_dims, init_filters, init_filters // 2, norm=norm)
+        )
         self.seg_layers = nn.ModuleList(
             [
                 DoubleConv(spatial_dims, init_filters, out_channels, norm=norm)
                 if head == "double_conv"
-                else Conv1x1Head(spatial_dims, init_filters, out_channels, norm)
+                else convolution(spatial_dims, init_filters // 2, out_channels, 1)
             ]
         )
         if deep_supervision:
@@ -217,7 +211,7 @@ class NNMambaDecoder(nn.Module):
         for gate, block, skip in zip(self.gates, self.blocks, reversed(skips), strict=True):
             x = run(block, torch.cat([upsample(x), gate(skip)], dim=1))
             maps.append(x)
-        logits = [run(self.seg_layers[0], upsample(x))]
+        logits = [run(self.seg_layers[0], run(self.full_resolution, upsample(x)))]
         if self.deep_supervision:
             logits += [layer(m) for layer, m in zip(self.seg_layers[1:], reversed(maps), strict=True)]
         return logits
@@ -237,7 +231,8 @@ class NNMambaSeg(nn.Module):
         init_filters: width at half resolution; at least 16. It doubles with every halving of the resolution.
         num_blocks: residual blocks per stage; all but the first share the stage's Mamba layer.
         mixer: ``"mamba"``, or ``"none"`` for the same network without scans.
-        head: ``"double_conv"`` (published) or ``"conv1x1"``, which ends in a 1x1 convolution.
+        head: ``"double_conv"`` (published), or ``"conv1x1"``: two convolutions at full resolution to half the width
+            and a 1x1 convolution to the classes, with logits of either sign.
         norm: ``"batch"`` (published) or ``"instance"``.
         deep_supervision: add heads at 1/2, 1/4 and 1/8 resolution and return a list of logits, full resolution first.
             A network built so can be switched by ``network.decoder.deep_supervision``.

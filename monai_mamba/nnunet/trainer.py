@@ -87,28 +87,21 @@ class MambaTrainer(nnUNetTrainer):
         self.num_val_iterations_per_epoch = self.val_iterations_per_epoch or self.num_val_iterations_per_epoch
         self.save_every = self.checkpoint_interval or self.save_every
 
-    @staticmethod
-    def _build_network(
-        spatial_dims: int, in_channels: int, out_channels: int, arguments: dict[str, Any], deep_supervision: bool
-    ) -> NNMambaSeg:
-        # The heads always exist: nnU-Net builds the network without deep supervision to predict and then loads the
-        # training's weights strictly.
-        network = NNMambaSeg(spatial_dims, in_channels, out_channels, deep_supervision=True, **arguments)
-        network.decoder.deep_supervision = deep_supervision
-        return network
-
     @classmethod
     def build_network_architecture(
         cls, plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
     ) -> nn.Module:
         """Build the network for a plan; nnU-Net calls this to train and to predict."""
-        network = cls._build_network(
+        # The heads depend on the trainer alone: nnU-Net builds the network without deep supervision to predict and then
+        # loads the training's weights strictly.
+        network = NNMambaSeg(
             len(configuration_manager.patch_size),
             num_input_channels,
             num_output_channels,
-            cls.network_arguments,
-            enable_deep_supervision,
+            deep_supervision=cls.with_deep_supervision,
+            **cls.network_arguments,
         )
+        network.decoder.deep_supervision = enable_deep_supervision
         if not cls.with_autocast:
             network.forward = torch.autocast("cuda", enabled=False)(network.forward)  # type: ignore[method-assign]
         return network

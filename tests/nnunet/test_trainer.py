@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from monai_mamba.errors import CheckpointError
+from monai_mamba.networks import NNMambaSeg
 from monai_mamba.nnunet.checkpoint import load_or_previous, previous_path, replace_atomically
 from tests.nnunet.conftest import _FOLDERS
 
@@ -107,9 +108,9 @@ def test_state_space_parameters_do_not_decay(make_trainer):
 @pytest.mark.parametrize(
     ("name", "optimizer", "head"),
     [
-        ("nnMambaTrainer", torch.optim.AdamW, "Conv1x1Head"),
+        ("nnMambaTrainer", torch.optim.AdamW, "Conv3d"),
         ("nnMambaTrainerPublished", torch.optim.Adam, "DoubleConv"),
-        ("nnMambaTrainerSGD", torch.optim.SGD, "Conv1x1Head"),
+        ("nnMambaTrainerSGD", torch.optim.SGD, "Conv3d"),
     ],
 )
 def test_variants_differ_as_named(make_trainer, name, optimizer, head):
@@ -151,6 +152,20 @@ def test_checkpoint_round_trip_continues_the_run(make_trainer, tmp_path):
         assert torch.equal(a, b), name
     batch = random_batch(trainer)
     assert trainer.train_step(batch)["loss"] == other.train_step(batch)["loss"]
+
+
+@pytest.mark.parametrize("name", ["nnMambaTrainerQuick", "nnMambaTrainerPublished"])
+def test_pretrained_weights_load_into_a_network_for_other_classes(make_trainer, tmp_path, name):
+    from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+
+    trainer = make_trainer(name, patch_size=(10, 32, 32))
+    trainer.save_checkpoint(str(tmp_path / "checkpoint_final.pth"))
+    network = NNMambaSeg(3, 1, 9, deep_supervision=True, **trainer.network_arguments)
+    load_pretrained_weights(network, str(tmp_path / "checkpoint_final.pth"))
+    source = trainer.network.state_dict()
+    for key, value in network.state_dict().items():
+        if ".seg_layers." not in key:
+            assert torch.equal(value, source[key]), key
 
 
 def test_damaged_checkpoint_gives_way_to_the_previous_one(make_trainer, tmp_path, caplog):

@@ -89,46 +89,64 @@ INLINE vf magnitude(vf x) { return (vf)((vu)x & 0x7fffffffu); }
 #define LN2 0.6931471805599453f
 
 /* 2^f on [-1/2, 1/2]: minimax of the relative error with the value 1 at 0 held, so that decays near 1, which act over
- * thousands of steps, carry no bias. Error 9.2e-8. */
-INLINE vf exp2_fraction(vf f) {
-    vf p = f * 1.326472731307149e-3f + 9.671512991189957e-3f;
-    p = p * f + 5.550733581185341e-2f;
-    p = p * f + 2.4022242426872253e-1f;
-    p = p * f + 6.931470036506653e-1f;
+ * thousands of steps, carry no bias. Error 9.2e-8. Read through `volatile`, the constants stay in registers. */
+typedef struct {
+    vf magic, c[5];
+} exp2_constants;
+
+static const float EXP2_CONSTANTS[6] = {
+    12582912.0f, /* 1.5 * 2^23 */
+    6.931470036506653e-1f, 2.4022242426872253e-1f, 5.550733581185341e-2f, 9.671512991189957e-3f, 1.326472731307149e-3f,
+};
+
+INLINE exp2_constants exp2_setup(void) {
+    const volatile float *from = EXP2_CONSTANTS;
+    exp2_constants k = {splat(from[0]), {splat(from[1]), splat(from[2]), splat(from[3]), splat(from[4]), splat(from[5])}};
+    return k;
+}
+
+INLINE vf exp2_fraction(const exp2_constants *k, vf f) {
+    vf p = f * k->c[4] + k->c[3];
+    p = p * f + k->c[2];
+    p = p * f + k->c[1];
+    p = p * f + k->c[0];
     return p * f + 1.0f;
 }
 
-/* 2^x for every x: 0 (or 2^-126) far below, infinity above 128, NaN for NaN. */
+/* 2^x for |x| <= EXP2_LIMIT; for every x: 0 or 2^-126 far below, infinity above 128, NaN for NaN. */
+#define EXP2_LIMIT 126.0f
 #if defined(__AVX512DQ__) && MM_LANES == 16
 /* The remainder after rounding to the nearest integer, and scaling by that integer, are instructions here. */
-INLINE vf exp2_(vf x) {
+INLINE vf exp2_bounded(const exp2_constants *k, vf x) {
     vf f = (vf)_mm512_reduce_ps((__m512)x, 8);
-    return (vf)_mm512_scalef_ps((__m512)exp2_fraction(f), (__m512)(x - f));
+    return (vf)_mm512_scalef_ps((__m512)exp2_fraction(k, f), (__m512)(x - f));
 }
-INLINE vf exp2_negative(vf x) { return exp2_(x); }
+INLINE vf exp2_any(const exp2_constants *k, vf x) { return exp2_bounded(k, x); }
 #else
-/* For x <= 0 or NaN. Rounding by adding 1.5 * 2^23 leaves the integer in the low bits of the sum. */
-INLINE vf exp2_negative(vf x) {
-    x = at_least(splat(-126.0f), x);
-    vf t = x + 12582912.0f;
-    vf p = exp2_fraction(x - (t - 12582912.0f));
+/* Rounding by adding 1.5 * 2^23 leaves the integer in the low bits of the sum. */
+INLINE vf exp2_bounded(const exp2_constants *k, vf x) {
+    vf t = x + k->magic;
+    vf p = exp2_fraction(k, x - (t - k->magic));
     return (vf)((vu)p + ((vu)t << 23));
 }
-INLINE vf exp2_(vf x) { return exp2_negative(at_most(splat(128.0f), x)); }
+INLINE vf exp2_any(const exp2_constants *k, vf x) {
+    return exp2_bounded(k, at_most(splat(128.0f), at_least(splat(-126.0f), x)));
+}
 #endif
 
 /* log(1 + e) for e in [0, 1] as a series of atanh, exact to rounding also for tiny e. */
 INLINE vf log1p_(vf e) {
     vf s = e / (e + 2.0f), q = s * s;
-    vf p = q * 2.817833371e-1f + 2.796060302e-1f;
-    p = p * q + 4.002491026e-1f;
-    p = p * q + 6.666631468e-1f;
-    p = p * q + 2.0f;
-    return p * s;
+    vf q2 = q * q;
+    vf p = (q * 2.817833371e-1f + 2.796060302e-1f) * q2 + (q * 4.002491026e-1f + 6.666631468e-1f);
+    return (p * q + 2.0f) * s;
 }
 
-INLINE vf softplus(vf x) { return at_least(splat(0.0f), x) + log1p_(exp2_negative(magnitude(x) * -LOG2E)); }
-INLINE vf sigmoid(vf x) { return 1.0f / (exp2_(x * -LOG2E) + 1.0f); }
+INLINE vf softplus(const exp2_constants *k, vf x) {
+    vf e = exp2_bounded(k, at_least(splat(-EXP2_LIMIT), magnitude(x) * -LOG2E));
+    return at_least(splat(0.0f), x) + log1p_(e);
+}
+INLINE vf sigmoid(const exp2_constants *k, vf x) { return 1.0f / (exp2_any(k, x * -LOG2E) + 1.0f); }
 
 /* ---- types: rows of at most 16 elements to and from float32 ---- */
 
@@ -252,7 +270,11 @@ static void route_positions(const mm_scan_job *job, int64_t group, int64_t first
 static void matrix_tile(const mm_view *m, int64_t b, int64_t g, const int64_t *position, int64_t steps, int64_t d_state,
                         int64_t padded, float *tile) {
     for (int64_t t = 0; t < steps; t++) {
-        row_to_float(tile + t * padded, element(m, b, position[t], g, 0), m->dtype, d_state);
+        const char *row = element(m, b, position[t], g, 0);
+        if (d_state == 1 && m->dtype == MM_FLOAT32)
+            memcpy(tile + t, row, sizeof(float));
+        else
+            row_to_float(tile + t * padded, row, m->dtype, d_state);
         for (int64_t n = d_state; n < padded; n++) tile[t * padded + n] = 0.0f;
     }
 }
@@ -278,6 +300,12 @@ static void vector_in(const float *row, int64_t count, float *tile) {
     if (row) memcpy(tile, row, (size_t)count * sizeof(float));
 }
 
+static float largest_magnitude(const float *values, int64_t count) {
+    float result = 0.0f;
+    for (int64_t i = 0; i < count; i++) result = fabsf(values[i]) > result ? fabsf(values[i]) : result;
+    return result;
+}
+
 static float *state_rows(const mm_scan_job *job, int64_t b, int64_t g, int64_t chunk, int64_t channel) {
     int64_t chunks = mm_ceil(job->length, MM_CHUNK), N = job->d_state;
     return job->states + ((b * chunks + chunk) * job->groups * job->channels + g * job->channels + channel) * N;
@@ -285,21 +313,32 @@ static float *state_rows(const mm_scan_job *job, int64_t b, int64_t g, int64_t c
 
 /* ---- forward ---- */
 
+/* A work item scans some blocks of channels side by side, chunk by chunk: neighbouring blocks share the tiles of B and
+ * C, the lines of the cache and the pages of memory. */
 typedef struct {
     float step[TILE], drive[TILE], y[TILE]; /* delta, delta * u, output */
-    float row[2 * MM_BLOCK], D[MM_BLOCK], bias[MM_BLOCK];
+    float row[2 * MM_BLOCK];
     int64_t position[2][MM_CHUNK];
-    float rest[] __attribute__((aligned(64))); /* rates (N, 16), state (N, 16), B and C tiles (64, N) */
+    float rest[] __attribute__((aligned(64))); /* block_state of every block; B and C tiles (64, N) */
 } forward_scratch;
 
-static size_t scan_forward_scratch(const mm_scan_job *job) {
-    int64_t N = mm_padded_states(job->d_state);
-    return sizeof(forward_scratch) + (size_t)(2 * N * MM_BLOCK + 2 * MM_CHUNK * N) * sizeof(float);
+typedef struct {
+    float D[MM_BLOCK], bias[MM_BLOCK];
+    float fastest[MM_BLOCK];                /* [0]: largest decay rate */
+    float rates[] __attribute__((aligned(64))); /* (N, 16), then the state (N, 16) */
+} block_state;
+
+static size_t block_state_floats(int64_t padded) { return (size_t)(3 * MM_BLOCK + 2 * padded * MM_BLOCK); }
+
+static size_t scan_forward_scratch(const mm_scan_job *job, int64_t parts) {
+    int64_t N = mm_padded_states(job->d_state), blocks = mm_ceil(mm_ceil(job->channels, MM_BLOCK), parts);
+    return sizeof(forward_scratch) + ((size_t)blocks * block_state_floats(N) + (size_t)(2 * MM_CHUNK * N)) * sizeof(float);
 }
 
 /* `count` states of one vector of channels over a chunk; y is added to. */
-INLINE void advance_states(const int count, int64_t steps, int64_t stride, const float *rates, float *state,
+INLINE void advance_states(const int count, const int bounded, int64_t steps, int64_t stride, const float *rates, float *state,
                            const float *step, const float *drive, const float *B, const float *C, float *y) {
+    const exp2_constants k = exp2_setup();
     vf h[8], rate[8];
     UNROLL for (int n = 0; n < count; n++) {
         h[n] = load(state + n * MM_BLOCK);
@@ -310,7 +349,8 @@ INLINE void advance_states(const int count, int64_t steps, int64_t stride, const
         vf even = load(y + t * MM_BLOCK), odd = {0};
         const float *Bt = B + t * stride, *Ct = C + t * stride;
         UNROLL for (int n = 0; n < count; n++) {
-            h[n] = exp2_(d * rate[n]) * h[n] + x * Bt[n];
+            vf exponent = d * rate[n];
+            h[n] = (bounded ? exp2_bounded(&k, exponent) : exp2_any(&k, exponent)) * h[n] + x * Bt[n];
             if (n & 1)
                 odd += h[n] * Ct[n];
             else
@@ -321,23 +361,38 @@ INLINE void advance_states(const int count, int64_t steps, int64_t stride, const
     UNROLL for (int n = 0; n < count; n++) store(state + n * MM_BLOCK, h[n]);
 }
 
-/* delta, delta * u and D * u of a chunk. */
-INLINE void forward_prologue(const int softplus_, const mm_scan_job *job, int64_t b, int64_t g, int64_t channel,
-                             int64_t count, int64_t steps, const int64_t *position, forward_scratch *s) {
+/* delta, delta * u and D * u of a chunk. Returns the largest step size. */
+INLINE float forward_prologue(const int softplus_, const mm_scan_job *job, int64_t b, int64_t g, int64_t channel,
+                              int64_t count, int64_t steps, const int64_t *position, const block_state *block,
+                              forward_scratch *s) {
+    const exp2_constants k = exp2_setup();
+    vf largest = {0};
     memset(s->row, 0, sizeof s->row);
+    /* Two loops: the first is bound by memory, the second by the latency of the softplus, which short bodies hide. */
     for (int64_t t = 0; t < steps; t++) {
         const float *u = channel_row(element(&job->u, b, position[t], g, channel), job->u.dtype, count, s->row);
         const float *delta = channel_row(element(&job->delta, b, position[t], g, channel), job->delta.dtype, count,
                                          s->row + MM_BLOCK);
         UNROLL for (int v = 0; v < VECTORS; v++) {
             vf x = load_unaligned(u + v * LANES);
-            vf d = load_unaligned(delta + v * LANES) + load(s->bias + v * LANES);
-            if (softplus_) d = softplus(d);
-            store(s->step + t * MM_BLOCK + v * LANES, d);
-            store(s->drive + t * MM_BLOCK + v * LANES, d * x);
-            store(s->y + t * MM_BLOCK + v * LANES, x * load(s->D + v * LANES));
+            store(s->drive + t * MM_BLOCK + v * LANES, x);
+            store(s->y + t * MM_BLOCK + v * LANES, x * load(block->D + v * LANES));
+            store(s->step + t * MM_BLOCK + v * LANES,
+                  load_unaligned(delta + v * LANES) + load(block->bias + v * LANES));
         }
     }
+    for (int64_t at = 0; at < steps * MM_BLOCK; at += LANES) {
+        vf d = load(s->step + at);
+        if (softplus_) {
+            d = softplus(&k, d);
+            store(s->step + at, d);
+        }
+        largest = at_least(largest, magnitude(d));
+        store(s->drive + at, load(s->drive + at) * d);
+    }
+    float result = 0.0f;
+    for (int i = 0; i < LANES; i++) result = largest[i] > result ? largest[i] : result;
+    return result;
 }
 
 INLINE void prefetch_rows(const mm_view *m, int64_t b, int64_t g, int64_t channel, const int64_t *position,
@@ -345,89 +400,107 @@ INLINE void prefetch_rows(const mm_view *m, int64_t b, int64_t g, int64_t channe
     for (int64_t t = 0; t < count; t++) __builtin_prefetch(element(m, b, position[t], g, channel));
 }
 
-static void forward_sequence(const mm_scan_job *job, int64_t b, int64_t g, int64_t channel, int64_t count,
-                             int accumulate, forward_scratch *s) {
-    int64_t L = job->length, N = mm_padded_states(job->d_state), chunks = mm_ceil(L, MM_CHUNK);
-    float *rates = s->rest, *state = rates + N * MM_BLOCK, *B = state + N * MM_BLOCK, *C = B + MM_CHUNK * N;
-    int64_t first_channel = g * job->channels + channel;
-    transpose_in(job->A + first_channel * job->d_state, count, job->d_state, N, LOG2E, rates);
-    memset(state, 0, (size_t)N * MM_BLOCK * sizeof(float));
-    vector_in(job->D ? job->D + first_channel : NULL, count, s->D);
-    vector_in(job->delta_bias ? job->delta_bias + first_channel : NULL, count, s->bias);
+/* All states of a block over a chunk. The rows that come next are asked for in small portions between the sweeps. */
+INLINE void forward_sweeps(const int bounded, const mm_scan_job *job, int64_t b, int64_t g, int64_t steps, int64_t N,
+                           block_state *block, const float *B, const float *C, int64_t next_channel,
+                           const int64_t *next, forward_scratch *s) {
+    float *state = block->rates + N * MM_BLOCK;
+    int64_t portion = N == 1 ? MM_CHUNK : mm_ceil(MM_CHUNK, (N / 4) * VECTORS), asked = 0;
+    for (int64_t n = 0; n < N;) {
+        int64_t wide = SWEEP == 8 && n + 8 <= N, some = wide ? 2 * portion : portion;
+        for (int v = 0; v < VECTORS; v++) {
+            if (asked + some > MM_CHUNK) some = MM_CHUNK - asked;
+            prefetch_rows(&job->u, b, g, next_channel, next + asked, some);
+            prefetch_rows(&job->delta, b, g, next_channel, next + asked, some);
+            if (job->z.data) prefetch_rows(&job->z, b, g, next_channel, next + asked, some);
+            asked += some;
+            const float *rate = block->rates + n * MM_BLOCK + v * LANES;
+            float *h = state + n * MM_BLOCK + v * LANES, *y = s->y + v * LANES;
+            const float *step = s->step + v * LANES, *drive = s->drive + v * LANES;
+            if (N == 1)
+                advance_states(1, bounded, steps, 1, rate, h, step, drive, B, C, y);
+            else if (SWEEP == 8 && wide)
+                advance_states(SWEEP, bounded, steps, N, rate, h, step, drive, B + n, C + n, y);
+            else
+                advance_states(4, bounded, steps, N, rate, h, step, drive, B + n, C + n, y);
+        }
+        n += wide ? 8 : 4;
+    }
+}
 
+INLINE void forward_epilogue(const mm_scan_job *job, int64_t b, int64_t g, int64_t channel, int64_t count,
+                             int64_t steps, const int64_t *position, int accumulate, forward_scratch *s) {
+    const exp2_constants k = exp2_setup();
+    for (int64_t t = 0; t < steps; t++) {
+        float *y = s->y + t * MM_BLOCK;
+        if (job->z.data) {
+            const float *z = channel_row(element(&job->z, b, position[t], g, channel), job->z.dtype, count, s->row);
+            UNROLL for (int v = 0; v < VECTORS; v++) {
+                vf gate = load_unaligned(z + v * LANES);
+                store(y + v * LANES, load(y + v * LANES) * (gate * sigmoid(&k, gate)));
+            }
+        }
+        char *target = element(&job->y, b, position[t], g, channel);
+        if (accumulate) {
+            const float *sum = channel_row(target, job->y.dtype, count, s->row);
+            UNROLL for (int v = 0; v < VECTORS; v++)
+                store(y + v * LANES, load(y + v * LANES) + load_unaligned(sum + v * LANES));
+        }
+        store_row(target, job->y.dtype, count, y);
+    }
+}
+
+static void forward_sequence(const mm_scan_job *job, int64_t b, int64_t g, int64_t begin, int64_t end, int accumulate,
+                             forward_scratch *s) {
+    int64_t L = job->length, N = mm_padded_states(job->d_state), chunks = mm_ceil(L, MM_CHUNK), own = end - begin;
+    size_t per_block = block_state_floats(N);
+    float *B = s->rest + (size_t)own * per_block, *C = B + MM_CHUNK * N;
+    for (int64_t i = 0; i < own; i++) {
+        block_state *block = (block_state *)(s->rest + (size_t)i * per_block);
+        int64_t channel = (begin + i) * MM_BLOCK, first_channel = g * job->channels + channel;
+        int64_t count = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
+        transpose_in(job->A + first_channel * job->d_state, count, job->d_state, N, LOG2E, block->rates);
+        memset(block->rates + N * MM_BLOCK, 0, (size_t)N * MM_BLOCK * sizeof(float));
+        vector_in(job->D ? job->D + first_channel : NULL, count, block->D);
+        vector_in(job->delta_bias ? job->delta_bias + first_channel : NULL, count, block->bias);
+        block->fastest[0] = largest_magnitude(block->rates, N * MM_BLOCK);
+    }
     route_positions(job, g, 0, MM_CHUNK, s->position[0]);
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         int64_t first = chunk * MM_CHUNK, steps = L - first < MM_CHUNK ? L - first : MM_CHUNK;
         const int64_t *position = s->position[chunk & 1];
-        int64_t *next = s->position[~chunk & 1];
-        if (job->states) transpose_out(state_rows(job, b, g, chunk, channel), count, job->d_state, state);
-        if (job->softplus)
-            forward_prologue(1, job, b, g, channel, count, steps, position, s);
-        else
-            forward_prologue(0, job, b, g, channel, count, steps, position, s);
+        int64_t *following = s->position[~chunk & 1];
         matrix_tile(&job->B, b, g, position, steps, job->d_state, N, B);
         matrix_tile(&job->C, b, g, position, steps, job->d_state, N, C);
-        route_positions(job, g, first + MM_CHUNK, MM_CHUNK, next);
-
-        if (N == 1) {
-            prefetch_rows(&job->u, b, g, channel, next, MM_CHUNK);
-            prefetch_rows(&job->delta, b, g, channel, next, MM_CHUNK);
-            for (int v = 0; v < VECTORS; v++)
-                advance_states(1, steps, 1, rates + v * LANES, state + v * LANES, s->step + v * LANES,
-                               s->drive + v * LANES, B, C, s->y + v * LANES);
-        } else {
-            /* Rows of the next chunk are asked for in small portions between the sweeps. */
-            int64_t portion = mm_ceil(MM_CHUNK, (N / 4) * VECTORS), asked = 0;
-            for (int64_t n = 0; n < N;) {
-                int64_t wide = SWEEP == 8 && n + 8 <= N;
-                for (int v = 0; v < VECTORS; v++) {
-                    int64_t some = (wide ? 2 : 1) * portion;
-                    if (asked + some > MM_CHUNK) some = MM_CHUNK - asked;
-                    prefetch_rows(&job->u, b, g, channel, next + asked, some);
-                    prefetch_rows(&job->delta, b, g, channel, next + asked, some);
-                    if (job->z.data) prefetch_rows(&job->z, b, g, channel, next + asked, some);
-                    asked += some;
-                    const float *rate = rates + n * MM_BLOCK + v * LANES;
-                    float *h = state + n * MM_BLOCK + v * LANES;
-                    const float *step = s->step + v * LANES, *drive = s->drive + v * LANES;
-                    if (SWEEP == 8 && wide)
-                        advance_states(SWEEP, steps, N, rate, h, step, drive, B + n, C + n, s->y + v * LANES);
-                    else
-                        advance_states(4, steps, N, rate, h, step, drive, B + n, C + n, s->y + v * LANES);
-                }
-                n += wide ? 8 : 4;
-            }
-        }
-
-        for (int64_t t = 0; t < steps; t++) {
-            float *y = s->y + t * MM_BLOCK;
-            if (job->z.data) {
-                const float *z = channel_row(element(&job->z, b, position[t], g, channel), job->z.dtype, count, s->row);
-                UNROLL for (int v = 0; v < VECTORS; v++) {
-                    vf gate = load_unaligned(z + v * LANES);
-                    store(y + v * LANES, load(y + v * LANES) * (gate * sigmoid(gate)));
-                }
-            }
-            char *target = element(&job->y, b, position[t], g, channel);
-            if (accumulate) {
-                const float *sum = channel_row(target, job->y.dtype, count, s->row);
-                UNROLL for (int v = 0; v < VECTORS; v++)
-                    store(y + v * LANES, load(y + v * LANES) + load_unaligned(sum + v * LANES));
-            }
-            store_row(target, job->y.dtype, count, y);
+        route_positions(job, g, first + MM_CHUNK, MM_CHUNK, following);
+        for (int64_t i = 0; i < own; i++) {
+            block_state *block = (block_state *)(s->rest + (size_t)i * per_block);
+            int64_t channel = (begin + i) * MM_BLOCK;
+            int64_t count = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
+            const int64_t *next = i + 1 < own ? position : following;
+            int64_t next_channel = i + 1 < own ? channel + MM_BLOCK : begin * MM_BLOCK;
+            if (job->states)
+                transpose_out(state_rows(job, b, g, chunk, channel), count, job->d_state, block->rates + N * MM_BLOCK);
+            float largest = job->softplus ? forward_prologue(1, job, b, g, channel, count, steps, position, block, s)
+                                          : forward_prologue(0, job, b, g, channel, count, steps, position, block, s);
+            if (largest * block->fastest[0] <= EXP2_LIMIT)
+                forward_sweeps(1, job, b, g, steps, N, block, B, C, next_channel, next, s);
+            else
+                forward_sweeps(0, job, b, g, steps, N, block, B, C, next_channel, next, s);
+            forward_epilogue(job, b, g, channel, count, steps, position, accumulate, s);
         }
     }
 }
 
-/* Items: (batch, block of 16 channels), all routes in turn, if the groups are merged; else (batch, group, block). */
-static void scan_forward(const mm_scan_job *job, int64_t item, void *scratch) {
-    int64_t blocks = mm_ceil(job->channels, MM_BLOCK), channel = item % blocks * MM_BLOCK;
-    int64_t count = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
-    item /= blocks;
+/* Items: (batch, part), all routes in turn, if the groups are merged; else (batch, group, part). */
+static void scan_forward(const mm_scan_job *job, int64_t parts, int64_t item, void *scratch) {
+    int64_t blocks = mm_ceil(job->channels, MM_BLOCK), part = item % parts;
+    int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
+    item /= parts;
     if (job->merge) {
-        for (int64_t g = 0; g < job->groups; g++) forward_sequence(job, item, g, channel, count, g > 0, scratch);
+        for (int64_t g = 0; g < job->groups; g++) forward_sequence(job, item, g, begin, end, g > 0, scratch);
     } else {
-        forward_sequence(job, item / job->groups, item % job->groups, channel, count, 0, scratch);
+        forward_sequence(job, item / job->groups, item % job->groups, begin, end, 0, scratch);
     }
 }
 
@@ -462,10 +535,8 @@ INLINE vf sum_quarters(vf a, vf b) {
 }
 #endif
 
-/* Adds the sums over the lanes of eight vectors to eight numbers. */
-INLINE void add_lane_sums_8(const vf *x, float *sums) {
-    vf low = sum_quarters(sum_pairs(x[0], x[1]), sum_pairs(x[2], x[3]));
-    vf high = sum_quarters(sum_pairs(x[4], x[5]), sum_pairs(x[6], x[7]));
+/* Adds the sums over the lanes of eight vectors to eight numbers, from what sum_quarters made of four and four. */
+INLINE void add_lane_sums_8(vf low, vf high, float *sums) {
 #if MM_LANES == 4
     store_unaligned(sums, load_unaligned(sums) + low);
     store_unaligned(sums + 4, load_unaligned(sums + 4) + high);
@@ -504,15 +575,17 @@ typedef struct {
 static size_t scan_backward_scratch(const mm_scan_job *job, const mm_partials *partials) {
     int64_t N = mm_padded_states(job->d_state);
     int64_t blocks = mm_ceil(mm_ceil(job->channels, MM_BLOCK), partials->parts);
-    /* per block: rates, grad_h, grad_A (N, 16), grad_D and grad_bias (16); state (N, 16); B, C, lane sums of both */
+    /* per block: rates, grad_h, grad_A (N, 16), grad_D and grad_bias (16), fastest rate; then the state (N, 16), the
+     * tiles of B and C and the lane sums of both */
     return sizeof(backward_scratch) +
-           (size_t)(blocks * (3 * N + 2) * MM_BLOCK + N * MM_BLOCK + 4 * MM_CHUNK * N) * sizeof(float);
+           (size_t)(blocks * ((3 * N + 2) * MM_BLOCK + 1) + N * MM_BLOCK + 4 * MM_CHUNK * N) * sizeof(float);
 }
 
 /* `count` states of one vector of channels: forward over the chunk to know the states, then back. */
-INLINE void retreat_states(const int count, const int with_y, int64_t steps, int64_t stride, const float *rates,
+INLINE void retreat_states(const int count, const int with_y, const int bounded, int64_t steps, int64_t stride, const float *rates,
                            float *state, float *grad_h, float *grad_A, const float *B, const float *C, float *sums,
                            backward_scratch *s, int64_t lane) {
+    const exp2_constants k = exp2_setup();
     vf h[8], rate[8];
     float *trail = s->trail;
     UNROLL for (int n = 0; n < count; n++) {
@@ -523,7 +596,8 @@ INLINE void retreat_states(const int count, const int with_y, int64_t steps, int
         int64_t at = t * MM_BLOCK + lane;
         vf d = load(s->step + at), x = load(s->drive + at), y = {0};
         UNROLL for (int n = 0; n < count; n++) {
-            vf decay = exp2_(d * rate[n]);
+            vf exponent = d * rate[n];
+            vf decay = bounded ? exp2_bounded(&k, exponent) : exp2_any(&k, exponent);
             vf decayed = decay * h[n];
             h[n] = x * B[t * stride + n] + decayed;
             store(trail + (t * 2 * count + n) * LANES, decayed);
@@ -540,25 +614,29 @@ INLINE void retreat_states(const int count, const int with_y, int64_t steps, int
     for (int64_t t = steps - 1; t >= 0; t--) {
         int64_t at = t * MM_BLOCK + lane;
         vf d = load(s->step + at), x = load(s->drive + at), gy = load(s->grad + at);
-        vf from_B = {0}, from_A = {0}, products[8];
+        vf from_B = {0}, from_A = {0}, to_B[4], to_C[4], pairs_B[2], pairs_C[2];
         UNROLL for (int n = 0; n < count; n++) {
             float Bn = B[t * stride + n];
             vf decayed = load(trail + (t * 2 * count + n) * LANES);
             vf g = gy * C[t * stride + n] + gh[n];
-            products[n] = g * x;
-            products[count + n] = gy * (x * Bn + decayed);
+            to_B[n] = g * x;
+            to_C[n] = gy * (x * Bn + decayed);
             from_B += g * Bn;
             vf gd = g * decayed; /* of the exponent delta * A */
             from_A += gd * rate[n];
             gA[n] += gd * d;
             gh[n] = g * load(trail + (t * 2 * count + count + n) * LANES);
+            if (n & 1) { /* early, to free registers */
+                pairs_B[n / 2] = sum_pairs(to_B[n - 1], to_B[n]);
+                pairs_C[n / 2] = sum_pairs(to_C[n - 1], to_C[n]);
+            }
         }
         store(s->from_B + at, load(s->from_B + at) + from_B);
         store(s->from_A + at, load(s->from_A + at) + from_A);
         if (count == 1)
-            add_lane_sums_2(products[0], products[1], sums + t * 2);
+            add_lane_sums_2(to_B[0], to_C[0], sums + t * 2);
         else
-            add_lane_sums_8(products, sums + t * 8);
+            add_lane_sums_8(sum_quarters(pairs_B[0], pairs_B[1]), sum_quarters(pairs_C[0], pairs_C[1]), sums + t * 8);
     }
     UNROLL for (int n = 0; n < count; n++) {
         store(grad_h + n * MM_BLOCK, gh[n]);
@@ -566,9 +644,11 @@ INLINE void retreat_states(const int count, const int with_y, int64_t steps, int
     }
 }
 
-static void backward_prologue(const mm_scan_job *job, int64_t b, int64_t g, int64_t channel, int64_t count,
-                              int64_t steps, float *grad_D, backward_scratch *s) {
-    vf sum_D[VECTORS];
+/* Returns the largest step size. */
+static float backward_prologue(const mm_scan_job *job, int64_t b, int64_t g, int64_t channel, int64_t count,
+                               int64_t steps, float *grad_D, backward_scratch *s) {
+    const exp2_constants k = exp2_setup();
+    vf sum_D[VECTORS], largest[VECTORS] = {{0}};
     memset(s->row, 0, sizeof s->row);
     UNROLL for (int v = 0; v < VECTORS; v++) sum_D[v] = load(grad_D + v * LANES);
     for (int64_t t = 0; t < steps; t++) {
@@ -586,16 +666,16 @@ static void backward_prologue(const mm_scan_job *job, int64_t b, int64_t g, int6
             vf x = load_unaligned(u + v * LANES), grad = load_unaligned(gy + v * LANES);
             vf d = load_unaligned(delta + v * LANES) + load(s->bias + v * LANES);
             if (job->softplus) {
-                vf e = exp2_negative(magnitude(d) * -LOG2E);
-                store(s->slope + at, sigmoid(d));
-                d = at_least(splat(0.0f), d) + log1p_(e);
+                store(s->slope + at, sigmoid(&k, d));
+                d = softplus(&k, d);
             }
             if (z) {
-                vf gate = load_unaligned(z + v * LANES), open = sigmoid(gate);
+                vf gate = load_unaligned(z + v * LANES), open = sigmoid(&k, gate);
                 store(s->gate + at, grad * (open * (gate * (1.0f - open) + 1.0f)));
                 grad *= gate * open;
                 store(s->y + at, x * load(s->D + v * LANES));
             }
+            largest[v] = at_least(largest[v], magnitude(d));
             sum_D[v] += grad * x;
             store(s->u + at, x);
             store(s->step + at, d);
@@ -604,6 +684,10 @@ static void backward_prologue(const mm_scan_job *job, int64_t b, int64_t g, int6
         }
     }
     UNROLL for (int v = 0; v < VECTORS; v++) store(grad_D + v * LANES, sum_D[v]);
+    float result = 0.0f;
+    for (int v = 0; v < VECTORS; v++)
+        for (int i = 0; i < LANES; i++) result = largest[v][i] > result ? largest[v][i] : result;
+    return result;
 }
 
 static void backward_epilogue(const mm_scan_job *job, int64_t b, int64_t g, int64_t channel, int64_t count,
@@ -641,6 +725,25 @@ static void backward_epilogue(const mm_scan_job *job, int64_t b, int64_t g, int6
     UNROLL for (int v = 0; v < VECTORS; v++) store(grad_bias + v * LANES, sum_bias[v]);
 }
 
+INLINE void backward_sweeps(const int bounded, const mm_scan_job *job, int64_t steps, int64_t N, const float *rates,
+                            float *state, float *grad_h, float *grad_A, const float *B, const float *C, float *sums,
+                            backward_scratch *s) {
+    for (int64_t n = 0; n < N; n += 4)
+        for (int v = 0; v < VECTORS; v++) {
+            int64_t at = n * MM_BLOCK + v * LANES, lane = v * LANES;
+            const float *rate = rates + at;
+            float *h = state + at, *gh = grad_h + at, *gA = grad_A + at, *sum = sums + n * 2 * MM_CHUNK;
+            if (N == 1 && job->z.data)
+                retreat_states(1, 1, bounded, steps, 1, rate, h, gh, gA, B, C, sum, s, lane);
+            else if (N == 1)
+                retreat_states(1, 0, bounded, steps, 1, rate, h, gh, gA, B, C, sum, s, lane);
+            else if (job->z.data)
+                retreat_states(4, 1, bounded, steps, N, rate, h, gh, gA, B + n, C + n, sum, s, lane);
+            else
+                retreat_states(4, 0, bounded, steps, N, rate, h, gh, gA, B + n, C + n, sum, s, lane);
+        }
+}
+
 static void backward_sequence(const mm_scan_job *job, const mm_partials *partials, int64_t b, int64_t g, int64_t part,
                               backward_scratch *s) {
     int64_t L = job->length, N = mm_padded_states(job->d_state), chunks = mm_ceil(L, MM_CHUNK);
@@ -649,7 +752,7 @@ static void backward_sequence(const mm_scan_job *job, const mm_partials *partial
     int64_t tile = N * MM_BLOCK, per_sweep = N == 1 ? 1 : 4;
     float *rates = s->rest, *grad_h = rates + own * tile, *grad_A = grad_h + own * tile, *state = grad_A + own * tile;
     float *grad_D = state + tile, *grad_bias = grad_D + own * MM_BLOCK, *B = grad_bias + own * MM_BLOCK;
-    float *C = B + MM_CHUNK * N, *sums = C + MM_CHUNK * N;
+    float *C = B + MM_CHUNK * N, *sums = C + MM_CHUNK * N, *fastest = sums + 2 * MM_CHUNK * N;
     int64_t matrix = job->batch * L * job->groups * job->d_state;
     float *sum_B = part ? partials->B + (part - 1) * matrix : job->grad_B;
     float *sum_C = part ? partials->C + (part - 1) * matrix : job->grad_C;
@@ -660,6 +763,7 @@ static void backward_sequence(const mm_scan_job *job, const mm_partials *partial
         int64_t count = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
         transpose_in(job->A + (g * job->channels + channel) * job->d_state, count, job->d_state, N, LOG2E,
                      rates + k * tile);
+        fastest[k] = largest_magnitude(rates + k * tile, tile);
     }
     for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
         int64_t first = chunk * MM_CHUNK, steps = L - first < MM_CHUNK ? L - first : MM_CHUNK;
@@ -672,25 +776,16 @@ static void backward_sequence(const mm_scan_job *job, const mm_partials *partial
             int64_t count = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
             vector_in(job->D ? job->D + first_channel : NULL, count, s->D);
             vector_in(job->delta_bias ? job->delta_bias + first_channel : NULL, count, s->bias);
-            backward_prologue(job, b, g, channel, count, steps, grad_D + k * MM_BLOCK, s);
+            float largest = backward_prologue(job, b, g, channel, count, steps, grad_D + k * MM_BLOCK, s);
             transpose_in(state_rows(job, b, g, chunk, channel), count, job->d_state, N, 1.0f, state);
             memset(s->from_B, 0, sizeof s->from_B);
             memset(s->from_A, 0, sizeof s->from_A);
-            for (int64_t n = 0; n < N; n += per_sweep)
-                for (int v = 0; v < VECTORS; v++) {
-                    int64_t at = n * MM_BLOCK + v * LANES, lane = v * LANES;
-                    float *sum = sums + n * 2 * MM_CHUNK;
-                    float *rate = rates + k * tile + at, *gh = grad_h + k * tile + at, *gA = grad_A + k * tile + at;
-                    float *h = state + at;
-                    if (N == 1 && job->z.data)
-                        retreat_states(1, 1, steps, 1, rate, h, gh, gA, B, C, sum, s, lane);
-                    else if (N == 1)
-                        retreat_states(1, 0, steps, 1, rate, h, gh, gA, B, C, sum, s, lane);
-                    else if (job->z.data)
-                        retreat_states(4, 1, steps, N, rate, h, gh, gA, B + n, C + n, sum, s, lane);
-                    else
-                        retreat_states(4, 0, steps, N, rate, h, gh, gA, B + n, C + n, sum, s, lane);
-                }
+            if (largest * fastest[k] <= EXP2_LIMIT)
+                backward_sweeps(1, job, steps, N, rates + k * tile, state, grad_h + k * tile, grad_A + k * tile, B, C,
+                                sums, s);
+            else
+                backward_sweeps(0, job, steps, N, rates + k * tile, state, grad_h + k * tile, grad_A + k * tile, B, C,
+                                sums, s);
             backward_epilogue(job, b, g, channel, count, steps, job->merge && g > 0, grad_bias + k * MM_BLOCK, s);
         }
         for (int64_t t = 0; t < steps; t++) {
@@ -744,10 +839,11 @@ static size_t conv_scratch(const mm_conv_job *job) {
 INLINE void convolve_row(const int known_taps, int64_t taps, int64_t silu, int64_t begin, int64_t end, int64_t padded,
                          const float *const *row, const float *weight, const float *bias, float *out) {
     if (known_taps) taps = known_taps;
+    const exp2_constants e = exp2_setup();
     for (int64_t c = begin; c < end; c += LANES) {
         vf y = load(bias + c);
         UNROLL for (int64_t k = 0; k < taps; k++) y += load_unaligned(row[k] + c) * load(weight + k * padded + c);
-        store_unaligned(out + c, silu ? y * sigmoid(y) : y);
+        store_unaligned(out + c, silu ? y * sigmoid(&e, y) : y);
     }
 }
 
@@ -791,6 +887,7 @@ static void conv_forward(const mm_conv_job *job, int64_t item, void *scratch) {
 INLINE void conv_backward_chunk(const int known_taps, const mm_conv_job *job, int64_t b, int64_t channel, int64_t count,
                                 int64_t first, int64_t steps, conv_scratch_backward *s) {
     int64_t taps = known_taps ? known_taps : job->taps, ahead = taps - 1, L = job->length;
+    const exp2_constants e = exp2_setup();
     for (int64_t t = 0; t < steps + 2 * ahead; t++) { /* x from first - ahead */
         int64_t l = first - ahead + t;
         memset(s->x + t * MM_BLOCK, 0, MM_BLOCK * sizeof(float));
@@ -806,7 +903,7 @@ INLINE void conv_backward_chunk(const int known_taps, const mm_conv_job *job, in
             vf y = load(s->bias + v * LANES);
             UNROLL for (int64_t k = 0; k < taps; k++)
                 y += load(s->x + (t + k) * MM_BLOCK + v * LANES) * load(s->weight + k * MM_BLOCK + v * LANES);
-            vf open = sigmoid(y);
+            vf open = sigmoid(&e, y);
             float *grad = s->grad + t * MM_BLOCK + v * LANES;
             store(grad, load(grad) * (open * (y * (1.0f - open) + 1.0f)));
         }
@@ -866,12 +963,13 @@ static double probe(int64_t kind, int64_t rounds) {
     for (int i = 0; i < TILE; i++) step[i] = 0.001f * (float)(i % 97), drive[i] = 0.01f * (float)(i % 89), y[i] = 0.0f;
     for (int i = 0; i < 4 * MM_CHUNK; i++) B[i] = 0.1f, C[i] = 0.2f;
     for (int i = 0; i < 8 * MM_BLOCK; i++) rates[i] = -0.5f, state[i] = 0.0f;
+    const exp2_constants k = exp2_setup();
     vf sum[8];
     for (int i = 0; i < 8; i++) sum[i] = splat((float)i);
     for (int64_t r = 0; r < rounds; r++) {
         if (kind == 0) {
             for (int t = 0; t < TILE; t += 4 * LANES)
-                UNROLL for (int i = 0; i < 4; i++) sum[i] += exp2_(load(step + t + i * LANES));
+                UNROLL for (int i = 0; i < 4; i++) sum[i] += exp2_bounded(&k, load(step + t + i * LANES));
         } else if (kind == 1) {
             for (int t = 0; t < TILE; t += LANES) {
                 vf x = load(step + t);
@@ -879,7 +977,7 @@ static double probe(int64_t kind, int64_t rounds) {
             }
         } else {
             for (int v = 0; v < VECTORS; v++)
-                advance_states(4, MM_CHUNK, 4, rates + v * LANES, state + v * LANES, step + v * LANES,
+                advance_states(4, 1, MM_CHUNK, 4, rates + v * LANES, state + v * LANES, step + v * LANES,
                                drive + v * LANES, B, C, y + v * LANES);
         }
     }

@@ -277,7 +277,7 @@ typedef struct {
 
 static void run_scan_forward(const void *c, int64_t item, void *scratch) {
     const context *x = c;
-    x->kernels->scan_forward(x->job, item, scratch);
+    x->kernels->scan_forward(x->job, x->partials->parts, item, scratch);
 }
 static void run_scan_backward(const void *c, int64_t item, void *scratch) {
     const context *x = c;
@@ -310,15 +310,29 @@ static int64_t backward_parts(const mm_scan_job *job) {
     return parts < blocks ? parts : blocks;
 }
 
+/* The forward pass adds nothing up across channels, so its parts may follow the number of threads: four items for each
+ * thread where there are several, and no more channels side by side than leave states and rates in the first-level
+ * cache. */
+static int64_t forward_parts(const mm_scan_job *job, int64_t independent, int64_t threads) {
+    int64_t blocks = mm_ceil(job->channels, MM_BLOCK);
+    int64_t side_by_side = 16384 / (mm_padded_states(job->d_state) * MM_BLOCK * 2 * (int64_t)sizeof(float));
+    int64_t parts = mm_ceil(blocks, side_by_side < 1 ? 1 : side_by_side);
+    int64_t wanted = threads > 1 ? mm_ceil(4 * threads, independent) : 1;
+    if (parts < wanted) parts = wanted;
+    return parts < blocks ? parts : blocks;
+}
+
 EXPORT int mm_scan_forward(const mm_scan_job *job, int64_t index, int64_t threads) {
     const mm_kernels *kernels = variant(index);
     if (!kernels) return MM_NO_VARIANT;
     if (bad_scan(job, 0)) return MM_BAD_ARGUMENT;
-    context c = {job, NULL, kernels};
-    int64_t blocks = mm_ceil(job->channels, MM_BLOCK), items = job->batch * (job->merge ? 1 : job->groups) * blocks;
-    int64_t updates = job->batch * job->length * job->groups * job->channels * job->d_state;
-    work w = {run_scan_forward, &c, kernels->scan_forward_scratch(job), items, 0, 0};
-    return run(&w, useful_threads(threads, updates));
+    int64_t independent = job->batch * (job->merge ? 1 : job->groups);
+    threads = useful_threads(threads, job->length * independent * job->channels * job->d_state);
+    mm_partials partials = {.parts = forward_parts(job, independent, threads)};
+    context c = {job, &partials, kernels};
+    size_t scratch = kernels->scan_forward_scratch(job, partials.parts);
+    work w = {run_scan_forward, &c, scratch, independent * partials.parts, 0, 0};
+    return run(&w, threads);
 }
 
 EXPORT int mm_scan_backward(const mm_scan_job *job, int64_t index, int64_t threads) {

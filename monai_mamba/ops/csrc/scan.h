@@ -63,8 +63,8 @@ typedef struct {
 typedef struct {
     const char *name;
     int64_t lanes;
-    size_t (*scan_forward_scratch)(const mm_scan_job *);
-    void (*scan_forward)(const mm_scan_job *, int64_t item, void *scratch);
+    size_t (*scan_forward_scratch)(const mm_scan_job *, int64_t parts);
+    void (*scan_forward)(const mm_scan_job *, int64_t parts, int64_t item, void *scratch);
     size_t (*scan_backward_scratch)(const mm_scan_job *, const mm_partials *);
     void (*scan_backward)(const mm_scan_job *, const mm_partials *, int64_t item, void *scratch);
     size_t (*conv_scratch)(const mm_conv_job *);
