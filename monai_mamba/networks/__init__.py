@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from monai_mamba.networks.medmamba import MedMamba
-from monai_mamba.networks.nnmamba import NNMambaSeg
+from monai_mamba.networks.nnmamba import NNMambaClassifier, NNMambaLandmark, NNMambaSeg
 from monai_mamba.networks.vmamba import VMamba, VMambaBackbone
 from monai_mamba.networks.xfmamba import XFMamba
 
-__all__ = ["MedMamba", "NNMambaSeg", "VMamba", "VMambaBackbone", "XFMamba"]
+__all__ = ["MedMamba", "NNMambaClassifier", "NNMambaLandmark", "NNMambaSeg", "VMamba", "VMambaBackbone", "XFMamba"]

@@ -46,10 +46,13 @@ PUBLISHED_KEYS: tuple[tuple[str, str], ...] = (
     (r"^(encoder\.stem|decoder\.\w+\.\d+)\.conv\.3\.", r"\1.conv2."),
     (r"^(encoder\.stem|decoder\.\w+\.\d+)\.conv\.4\.", r"\1.norm2."),
     (r"\.bn([12])\.", r".norm\1."),
-    (r"\.mixer\.nin\.", ".mixer.proj_in."),
-    (r"\.mixer\.norm\.", ".mixer.norm_in."),
-    (r"\.mixer\.nin2\.", ".mixer.proj_out."),
-    (r"\.mixer\.norm2\.", ".mixer.norm_out."),
+    (r"^mamba_layer_stem\.", "encoder.stem_mixer."),
+    (r"mixer\.nin\.", "mixer.proj_in."),
+    (r"mixer\.norm\.", "mixer.norm_in."),
+    (r"mixer\.nin2\.", "mixer.proj_out."),
+    (r"mixer\.norm2\.", "mixer.norm_out."),
+    (r"^mamba_seq\.mamba\.", "sequential_head."),
+    (r"^mlp\.", "head."),
     (r"(\.gates\.\d)\.layer1\.", r"\1.squeeze."),
     (r"(\.gates\.\d)\.layer2\.", r"\1.excite."),
 )
@@ -111,7 +114,11 @@ class ResidualStage(nn.Module):
 
 
 class NNMambaEncoder(nn.Module):
-    """Strided stem and three residual stages: features at 1/2, 1/4, 1/8 and 1/16 with 1, 2, 4 and 8 times the width."""
+    """Strided stem and three residual stages: features at 1/2, 1/4, 1/8 and 1/16 with 1, 2, 4 and 8 times the width.
+
+    The Mamba layers sit in the stages (segmentation) or, a single one without the flips, behind the stem
+    (classification).
+    """
 
     def __init__(
         self,
@@ -122,10 +129,16 @@ class NNMambaEncoder(nn.Module):
         mixer: str,
         norm: str,
         use_checkpoint: bool,
+        mixer_in_stem: bool = False,
     ) -> None:
         super().__init__()
         self.use_checkpoint = use_checkpoint
         self.stem = DoubleConv(spatial_dims, in_channels, init_filters, stride=2, norm=norm)
+        self.stem_mixer = (
+            MambaLayer(spatial_dims, init_filters, d_state=8, siamese=False, mixer=mixer, norm=norm)
+            if mixer_in_stem
+            else None
+        )
         widths = [init_filters * 2**i for i in range(4)]
         self.stages = nn.ModuleList(
             ResidualStage(
@@ -133,16 +146,24 @@ class NNMambaEncoder(nn.Module):
                 widths[i],
                 widths[i + 1],
                 num_blocks,
-                MambaLayer(spatial_dims, widths[i + 1], mixer=mixer, norm=norm) if num_blocks > 1 else None,
+                MambaLayer(spatial_dims, widths[i + 1], mixer=mixer, norm=norm)
+                if num_blocks > 1 and not mixer_in_stem
+                else None,
                 norm,
             )
             for i in range(3)
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        features = []
-        for module in (self.stem, *self.stages):
-            x = checkpointed(module, x) if self.use_checkpoint and torch.is_grad_enabled() else module(x)
+        def run(module: nn.Module, x: Tensor) -> Tensor:
+            return checkpointed(module, x) if self.use_checkpoint and torch.is_grad_enabled() else module(x)
+
+        x = run(self.stem, x)
+        if self.stem_mixer is not None:
+            x = x + run(self.stem_mixer, x)
+        features = [x]
+        for stage in self.stages:
+            x = run(stage, x)
             features.append(x)
         return features
 
@@ -285,37 +306,209 @@ class NNMambaSeg(nn.Module):
             spatial_dims, init_filters, out_channels, head, norm, deep_supervision, use_checkpoint
         )
 
+    @property
+    def feature_layers(self) -> dict[str, str]:
+        """Names of the feature maps and the modules that return them; ``decoder`` is the layer for Grad-CAM."""
+        return _encoder_layers() | {"decoder": "decoder.blocks.2"}
+
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that the Mamba layers want to be exempt from weight decay."""
-        return {
-            f"{prefix}.{name}"
-            for prefix, module in self.named_modules()
-            if isinstance(module, MambaMixer)
-            for name in module.no_weight_decay()
-        }
-
-    def _check_normalizable(self, x: Tensor) -> None:
-        """Refuse an image whose deepest map has one value to normalise, where the result would be a constant."""
-        if any(size > 16 for size in x.shape[2:]):
-            return
-        if self.norm == "instance" or (self.norm == "batch" and self.training and x.shape[0] == 1):
-            values = "one batch item with " if self.norm == "batch" else ""
-            raise ValueError(
-                f"`x` of shape {tuple(x.shape)} leaves {values}a single voxel at 1/16 resolution, which norm="
-                f"{self.norm!r} cannot normalise; use more than 16 voxels along one axis"
-                + (" or a larger batch" if self.norm == "batch" else "")
-            )
+        return _parameters_without_decay(self)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        if x.ndim != self.spatial_dims + 2 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"`x` must have shape (B, {self.in_channels}, *spatial) with {self.spatial_dims} spatial axes, got "
-                f"{tuple(x.shape)}"
-            )
+        _check_image(x, self.spatial_dims, self.in_channels, self.norm, self.training)
         image_size = x.shape[2:]
-        self._check_normalizable(x)
         logits = self.decoder(self.encoder(pad_to_multiple(x, 16)))
         for level, value in enumerate(logits):
             size = [max(1, round(n / 2**level)) for n in image_size]
             logits[level] = resample_to_grid(value, image_size, size, 2**level)
         return logits if self.decoder.deep_supervision else logits[0]
+
+
+class NNMambaLandmark(NNMambaSeg):
+    """nnMamba for landmark detection: one heat map per landmark.
+
+    The published landmark network is the segmentation network; its heat maps are never negative. It was trained with
+    Gaussians of 5 voxels standard deviation and a mean squared error.
+
+    Args:
+        num_landmarks: landmarks, one output channel each.
+        spatial_dims, in_channels, init_filters, num_blocks, mixer, head, norm, use_checkpoint: of
+            :class:`NNMambaSeg`.
+
+    Shape:
+        ``(B, in_channels, *spatial)`` to ``(B, num_landmarks, *spatial)``.
+
+    References:
+        nnMamba, arXiv:2402.03526, section 3.3; the training pipeline is that of the LFC data set.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 3,
+        in_channels: int = 1,
+        num_landmarks: int = 6,
+        init_filters: int = 32,
+        num_blocks: int = 3,
+        mixer: str = "mamba",
+        head: str = "double_conv",
+        norm: str = "batch",
+        use_checkpoint: bool = False,
+    ) -> None:
+        if num_landmarks < 1:
+            raise ValueError(f"`num_landmarks` must be at least 1, got {num_landmarks}")
+        super().__init__(
+            spatial_dims,
+            in_channels,
+            num_landmarks,
+            init_filters,
+            num_blocks,
+            mixer,
+            head,
+            norm,
+            use_checkpoint=use_checkpoint,
+        )
+        self.num_landmarks = num_landmarks
+
+    def locate(self, x: Tensor) -> Tensor:
+        """Return the voxel of the maximum of each heat map, ``(B, num_landmarks, spatial_dims)``, whole numbers.
+
+        This is the published decoding; it knows no fractions of a voxel.
+        """
+        heat_maps = self(x)
+        voxels = torch.unravel_index(heat_maps.flatten(2).argmax(2), heat_maps.shape[2:])
+        return torch.stack(voxels, dim=-1)
+
+
+class NNMambaClassifier(nn.Module):
+    """nnMamba for classification and regression of whole images.
+
+    One Mamba layer (a single scan, eight states) behind the stem, three residual stages without any, and an MLP on the
+    means of the three stages' maps.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the image.
+        num_classes: outputs; 1 for a binary logit or a number.
+        init_filters: width at half resolution. It doubles with every halving of the resolution.
+        num_blocks: residual blocks per stage.
+        sequential_head: send the means through a Mamba over seven tokens before the MLP (channel-sequential learning,
+            the release of July 2024) instead of joining them (every later release).
+        mixer: ``"mamba"``, or ``"none"`` for the same network without scans.
+        norm: ``"batch"`` (published) or ``"instance"``.
+        dropout_rate: dropout within the MLP.
+        use_checkpoint: save memory in training by computing activations twice.
+
+    Shape:
+        ``(B, in_channels, *spatial)`` of any size to logits ``(B, num_classes)``.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    References:
+        Gong et al., nnMamba, 2024, arXiv:2402.03526, section 2; parameter counts in docs/networks/nnmamba.md.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 3,
+        in_channels: int = 1,
+        num_classes: int = 1,
+        init_filters: int = 32,
+        num_blocks: int = 3,
+        sequential_head: bool = False,
+        mixer: str = "mamba",
+        norm: str = "batch",
+        dropout_rate: float = 0.5,
+        use_checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_channels", in_channels),
+            ("num_classes", num_classes),
+            ("init_filters", init_filters),
+            ("num_blocks", num_blocks),
+        ):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}")
+        self.spatial_dims = spatial_dims
+        self.in_channels = in_channels
+        self.norm = norm
+        self.encoder = NNMambaEncoder(
+            spatial_dims, in_channels, init_filters, num_blocks, mixer, norm, use_checkpoint, mixer_in_stem=True
+        )
+        self.with_sequential_head = sequential_head
+        self.sequential_head = (
+            MambaMixer(2 * init_filters, d_state=8, d_conv=2) if sequential_head and mixer == "mamba" else None
+        )
+        self.embedding = nn.Identity()
+        self.head = nn.Sequential(
+            nn.Linear(14 * init_filters, init_filters),
+            nn.ReLU(),
+            nn.Dropout(dropout_rate),
+            nn.Linear(init_filters, num_classes),
+        )
+
+    @property
+    def feature_layers(self) -> dict[str, str]:
+        """Names of the feature maps and the modules that return them; ``stage3`` is the layer for Grad-CAM."""
+        return _encoder_layers() | {"embedding": "embedding"}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the Mamba layers want to be exempt from weight decay."""
+        return _parameters_without_decay(self)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the last layer of the MLP by a freshly initialised one with ``num_classes`` outputs."""
+        last = self.head[3]
+        assert isinstance(last, nn.Linear)
+        self.head[3] = nn.Linear(last.in_features, num_classes, device=last.weight.device)
+
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        """Return the maps at 1/2, 1/4, 1/8 and 1/16 of the image, sizes rounded up."""
+        _check_image(x, self.spatial_dims, self.in_channels, self.norm, self.training)
+        return self.encoder(x)
+
+    def forward_head(self, features: list[Tensor]) -> Tensor:
+        """Turn the maps into logits."""
+        means = [feature.flatten(2).mean(2) for feature in features[1:]]  # 2C, 4C, 8C
+        if not self.with_sequential_head:
+            return self.head(self.embedding(torch.cat(means, dim=1)))
+        channels = means[0].shape[1]
+        tokens = torch.cat([mean.unflatten(1, (channels, -1)) for mean in means], dim=2)  # (B, 2C, 7)
+        if self.sequential_head is not None:
+            tokens = tokens + self.sequential_head(F.relu(tokens).transpose(1, 2)).transpose(1, 2)
+        return self.head(self.embedding(tokens.flatten(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _encoder_layers() -> dict[str, str]:
+    return {"stem": "encoder.stem"} | {f"stage{i + 1}": f"encoder.stages.{i}" for i in range(3)}
+
+
+def _parameters_without_decay(network: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in network.named_modules()
+        if isinstance(module, MambaMixer)
+        for name in module.no_weight_decay()
+    }
+
+
+def _check_image(x: Tensor, spatial_dims: int, in_channels: int, norm: str, training: bool) -> None:
+    """Refuse a wrong shape, and an image whose deepest map has one value to normalise: the result were a constant."""
+    if x.ndim != spatial_dims + 2 or x.shape[1] != in_channels:
+        raise ValueError(
+            f"`x` must have shape (B, {in_channels}, *spatial) with {spatial_dims} spatial axes, got {tuple(x.shape)}"
+        )
+    if any(size > 16 for size in x.shape[2:]):
+        return
+    if norm == "instance" or (norm == "batch" and training and x.shape[0] == 1):
+        values = "one batch item with " if norm == "batch" else ""
+        raise ValueError(
+            f"`x` of shape {tuple(x.shape)} leaves {values}a single voxel at 1/16 resolution, which norm={norm!r} "
+            "cannot normalise; use more than 16 voxels along one axis"
+            + (" or a larger batch" if norm == "batch" else "")
+        )

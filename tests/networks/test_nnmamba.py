@@ -1,11 +1,12 @@
-"""NNMambaSeg: the published numbers, and what ours does beyond them."""
+"""nnMamba for segmentation, classification and landmarks: the published numbers, and what ours does beyond them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from monai_mamba.networks import NNMambaSeg
+from monai_mamba.layers.taps import extract_features
+from monai_mamba.networks import NNMambaClassifier, NNMambaLandmark, NNMambaSeg
 from monai_mamba.networks.nnmamba import PUBLISHED_KEYS
 from tests.parity import load_fixture, renamed
 
@@ -162,3 +163,114 @@ def test_seg_single_voxel_to_normalize_is_refused(norm, training):
     with pytest.raises(ValueError, match="single voxel at 1/16"):
         network(torch.zeros(1, 1, 16, 16, 16))
     network(torch.zeros(1, 1, 16, 16, 17))
+
+
+def small_classifier(**arguments):
+    return NNMambaClassifier(**({"num_classes": 3, "init_filters": 16, "num_blocks": 2} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("cls_pub", {"num_classes": 2}),
+        ("cls_seq_pub", {"num_classes": 2, "init_filters": 16, "num_blocks": 2, "sequential_head": True}),
+    ],
+)
+def test_classifier_matches_published_output(name, arguments):
+    fixture = load_fixture("nnmamba", name)
+    network = NNMambaClassifier(**arguments).eval()
+    network.load_state_dict(renamed(fixture.weights, PUBLISHED_KEYS))
+    assert num_parameters(network) == fixture.table["parameters"]
+    with torch.no_grad():
+        embedding = extract_features(network, fixture.input, names=["embedding"])["embedding"]
+        y = network(fixture.input)
+    expected = torch.from_numpy(fixture.arrays["output"])
+    assert (y - expected).abs().max() <= 1e-4 * fixture.table["output_absmax"]
+    pooled = torch.from_numpy(fixture.arrays["debug/mlp_in" if "seq" in name else "debug/pooled"])
+    assert (embedding - pooled).abs().max() <= 1e-4 * pooled.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [({}, 12_876_321), ({"num_classes": 2}, 12_876_354), ({"sequential_head": True}, 12_905_633)],
+    ids=["one", "two", "sequential"],
+)
+def test_classifier_parameter_count_equals_the_published_network(arguments, count):
+    with torch.device("meta"):
+        network = NNMambaClassifier(**arguments)
+    assert num_parameters(network) == count
+
+
+@pytest.mark.parametrize("size", [(17, 5, 1), (33, 20, 18)], ids=str)
+def test_classifier_3d_any_size(size):
+    network = small_classifier(in_channels=2)
+    y = network(torch.randn(2, 2, *size))
+    assert y.shape == (2, 3)
+    y.sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("sequential_head", [False, True], ids=["joined", "sequential"])
+def test_classifier_2d_options(sequential_head):
+    x = torch.randn(2, 1, 32, 48)
+    arguments = {"spatial_dims": 2, "sequential_head": sequential_head}
+    network, none = small_classifier(**arguments), small_classifier(**arguments, mixer="none")
+    extra = set(network.state_dict()) - set(none.state_dict())
+    assert {key.split(".mamba.")[0] for key in extra if ".mamba." in key} == {"encoder.stem_mixer"}
+    assert any(key.startswith("sequential_head.") for key in extra) == sequential_head
+    assert none(x).shape == (2, 3)
+    assert network.no_weight_decay() <= set(dict(network.named_parameters()))
+    assert len(network.no_weight_decay()) == 3 + 3 * sequential_head
+    network.reset_classifier(7)
+    assert network(x).shape == (2, 7)
+
+
+def test_classifier_checkpointing_changes_nothing_but_memory():
+    plain, saved = small_classifier(dropout_rate=0.0), small_classifier(dropout_rate=0.0, use_checkpoint=True)
+    saved.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 1, 32, 16, 16)
+    for network in (plain, saved):
+        network(x).square().mean().backward()
+    for (name, a), b in zip(plain.named_parameters(), saved.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b[1].grad, rtol=1e-4, atol=1e-6, msg=name)
+    for (name, a), b in zip(plain.named_buffers(), saved.buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("name", ["in_channels", "num_classes", "init_filters", "num_blocks"])
+def test_classifier_bad_argument_is_named(name):
+    with pytest.raises(ValueError, match=f"`{name}`.*got 0"):
+        small_classifier(**{name: 0})
+
+
+def test_classifier_batch_of_one_voxel_is_refused_in_training():
+    with pytest.raises(ValueError, match="single voxel at 1/16"):
+        small_classifier()(torch.zeros(1, 1, 16, 16, 16))
+
+
+def test_landmark_network_is_the_segmentation_network_and_locates_maxima():
+    network = NNMambaLandmark(num_landmarks=2, init_filters=16, num_blocks=2).eval()
+    seg = NNMambaSeg(out_channels=2, init_filters=16, num_blocks=2).eval()
+    seg.load_state_dict(network.state_dict())
+    x = torch.randn(1, 1, 18, 20, 33)
+    heat_maps = network(x)
+    assert torch.equal(heat_maps, seg(x)) and heat_maps.min() >= 0
+    voxels = network.locate(x)
+    assert voxels.shape == (1, 2, 3)
+    for landmark in range(2):
+        i, j, k = voxels[0, landmark]
+        assert heat_maps[0, landmark, i, j, k] == heat_maps[0, landmark].max()
+    with pytest.raises(ValueError, match="`num_landmarks`"):
+        NNMambaLandmark(num_landmarks=0)
+
+
+def test_seg_features_by_name():
+    network = small().eval()
+    features = extract_features(network, torch.randn(1, 1, 32, 16, 16))
+    assert {name: tuple(value.shape[1:3]) for name, value in features.items()} == {
+        "stem": (16, 16),
+        "stage1": (32, 8),
+        "stage2": (64, 4),
+        "stage3": (128, 2),
+        "decoder": (16, 16),
+    }
