@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from monai_mamba.networks.medmamba import MedMamba
 from monai_mamba.networks.nnmamba import NNMambaClassifier, NNMambaLandmark, NNMambaSeg
+from monai_mamba.networks.segmentation import MedMambaSeg, VMambaSeg, XFMambaSeg
 from monai_mamba.networks.vmamba import VMamba, VMambaBackbone
 from monai_mamba.networks.xfmamba import XFMamba
 
-__all__ = ["MedMamba", "NNMambaClassifier", "NNMambaLandmark", "NNMambaSeg", "VMamba", "VMambaBackbone", "XFMamba"]
+__all__ = [
+    "MedMamba",
+    "MedMambaSeg",
+    "NNMambaClassifier",
+    "NNMambaLandmark",
+    "NNMambaSeg",
+    "VMamba",
+    "VMambaBackbone",
+    "VMambaSeg",
+    "XFMamba",
+    "XFMambaSeg",
+]

@@ -18,9 +18,9 @@ from monai_mamba.layers.convolution import (
     convolution,
     normalization,
     pad_to_multiple,
-    resample_to_grid,
     upsample,
 )
+from monai_mamba.layers.deep_supervision import DeepSupervisionDecoder, fit_to_image
 from monai_mamba.layers.mamba import MambaMixer
 from monai_mamba.layers.siamese import MambaLayer
 
@@ -168,12 +168,8 @@ class NNMambaEncoder(nn.Module):
         return features
 
 
-class NNMambaDecoder(nn.Module):
-    """U-shaped decoder with channel gates on the skips and one segmentation layer per resolution it reports.
-
-    The names ``deep_supervision`` and ``seg_layers`` are nnU-Net's: it switches the first, and leaves out the second
-    when it loads pretrained weights. ``seg_layers[k]`` belongs to the resolution 1 / 2**k.
-    """
+class NNMambaDecoder(DeepSupervisionDecoder):
+    """U-shaped decoder with channel gates on the skips and one segmentation layer per resolution it reports."""
 
     def __init__(
         self,
@@ -185,7 +181,7 @@ class NNMambaDecoder(nn.Module):
         deep_supervision: bool,
         use_checkpoint: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(deep_supervision)
         self.use_checkpoint = use_checkpoint
         skips = [init_filters * 4, init_filters * 2, init_filters]
         self.gates = nn.ModuleList(ChannelGate(width) for width in skips)
@@ -205,21 +201,6 @@ class NNMambaDecoder(nn.Module):
         )
         if deep_supervision:
             self.seg_layers.extend(convolution(spatial_dims, width, out_channels, 1) for width in reversed(skips))
-        self._deep_supervision = deep_supervision
-
-    @property
-    def deep_supervision(self) -> bool:
-        """Whether the logits of all resolutions are returned. Can be switched if the heads were built."""
-        return self._deep_supervision
-
-    @deep_supervision.setter
-    def deep_supervision(self, enabled: bool) -> None:
-        if enabled and len(self.seg_layers) == 1:
-            raise ValueError(
-                "`deep_supervision` cannot be switched on: the network was built without the heads; build it with "
-                "deep_supervision=True"
-            )
-        self._deep_supervision = enabled
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Return the logits, full resolution first; only those if deep supervision is off."""
@@ -318,10 +299,7 @@ class NNMambaSeg(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         _check_image(x, self.spatial_dims, self.in_channels, self.norm, self.training)
         image_size = x.shape[2:]
-        logits = self.decoder(self.encoder(pad_to_multiple(x, 16)))
-        for level, value in enumerate(logits):
-            size = [max(1, round(n / 2**level)) for n in image_size]
-            logits[level] = resample_to_grid(value, image_size, size, 2**level)
+        logits = fit_to_image(self.decoder(self.encoder(pad_to_multiple(x, 16))), image_size)
         return logits if self.decoder.deep_supervision else logits[0]
 
 
