@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -12,6 +13,7 @@ from torch import nn
 
 from monai_mamba.networks import NNMambaSeg
 from monai_mamba.nnunet.checkpoint import load_or_previous, previous_path, replace_atomically
+from monai_mamba.nnunet.guard import GradientGuard
 
 #: Length of a run, for callers that cannot edit a class: the commands of this package and tests.
 EPOCHS_VARIABLE = "MONAI_MAMBA_EPOCHS"
@@ -108,6 +110,8 @@ class MambaTrainer(nnUNetTrainer):
 
     def initialize(self) -> None:
         super().initialize()
+        self._guard = GradientGuard()
+        self._guard.watch(self.optimizer)
         if not self.with_autocast:
             self.grad_scaler = None  # gradients of float32 need no scaling
 
@@ -164,6 +168,15 @@ class MambaTrainer(nnUNetTrainer):
             {"params": groups[False], "weight_decay": self.weight_decay},
             {"params": groups[True], "weight_decay": 0.0},
         ]
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        finite = [output for output in train_outputs if np.isfinite(output["loss"])]
+        if len(finite) < len(train_outputs):
+            self.print_to_log_file(
+                f"{len(train_outputs) - len(finite)} of {len(train_outputs)} losses of this epoch were not finite; "
+                f"{self._guard.num_skipped} steps were skipped since the training was started"
+            )
+        super().on_train_epoch_end(finite or train_outputs)
 
     def save_checkpoint(self, filename: str) -> None:
         if self.local_rank != 0 or self.disable_checkpointing:

@@ -15,6 +15,7 @@ import torch
 from monai_mamba.errors import CheckpointError
 from monai_mamba.networks import NNMambaSeg
 from monai_mamba.nnunet.checkpoint import load_or_previous, previous_path, replace_atomically
+from monai_mamba.nnunet.guard import NonFiniteGradients
 from tests.nnunet.conftest import _FOLDERS
 
 
@@ -138,6 +139,26 @@ def test_no_amp_variant_computes_in_float32(make_trainer):
     with torch.no_grad():
         trainer.network(torch.randn(2, 1, 10, 32, 32))
     assert seen == [False]
+
+
+def test_step_without_finite_gradients_is_skipped_and_a_series_stops_the_run(make_trainer):
+    trainer = make_trainer(patch_size=(10, 32, 32))
+    good, bad = random_batch(trainer), random_batch(trainer)
+    bad["data"][0, 0, 0, 0, 0] = float("nan")
+    trainer.train_step(good)
+    before = {name: value.clone() for name, value in trainer.network.named_parameters()}
+    outputs = [trainer.train_step(bad)]
+    assert not np.isfinite(outputs[0]["loss"])
+    for name, value in trainer.network.named_parameters():
+        assert torch.equal(value, before[name]), name
+    outputs.append({"loss": np.array(0.5)})
+    trainer.on_train_epoch_end(outputs)
+    assert trainer.logger.get_value("train_losses", step=-1) == 0.5
+    assert "1 of 2 losses" in open(trainer.log_file).read()
+    trainer._guard.max_consecutive = 3
+    trainer.train_step(bad)
+    with pytest.raises(NonFiniteGradients, match="3 steps in a row"):
+        trainer.train_step(bad)
 
 
 def test_checkpoint_round_trip_continues_the_run(make_trainer, tmp_path):
