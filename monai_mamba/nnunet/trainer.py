@@ -1,4 +1,4 @@
-"""The trainer behind every nnMamba trainer class: nnU-Net's own, with our network and safe checkpoints."""
+"""The trainer behind every trainer class of this package: nnU-Net's own, with our networks and safe checkpoints."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ def _positive_from_environment(name: str) -> int | None:
 
 
 class MambaTrainer(nnUNetTrainer):
-    """Trains :class:`NNMambaSeg` by nnU-Net's recipe, for ``2d`` and ``3d_fullres``.
+    """Trains one of our segmentation networks by nnU-Net's recipe.
 
     Variants are class attributes. The constructor takes exactly nnU-Net's arguments, because nnU-Net stores them by
     name and passes no others.
 
     Attributes:
-        network_arguments: passed on to :class:`NNMambaSeg`.
+        network_class: a network with deep supervision at full, 1/2, 1/4 and 1/8 resolution.
+        network_arguments: passed on to it.
         optimizer_name: ``"adamw"``, ``"adam"`` or ``"sgd"`` (momentum 0.99, Nesterov), each with nnU-Net's polynomial
             decay of the learning rate.
         learning_rate, decay: learning rate at the first epoch, weight decay.
@@ -47,6 +48,7 @@ class MambaTrainer(nnUNetTrainer):
         epochs, iterations_per_epoch, val_iterations_per_epoch, max_batch_size: None for nnU-Net's own.
     """
 
+    network_class: type[nn.Module] = NNMambaSeg
     network_arguments: dict[str, Any] = {}  # noqa: RUF012 - read only; subclasses replace it
     optimizer_name = "adamw"
     learning_rate = 2e-3
@@ -96,17 +98,27 @@ class MambaTrainer(nnUNetTrainer):
         """Build the network for a plan; nnU-Net calls this to train and to predict."""
         # The heads depend on the trainer alone: nnU-Net builds the network without deep supervision to predict and then
         # loads the training's weights strictly.
-        network = NNMambaSeg(
+        network: Any = cls._make_network(
             len(configuration_manager.patch_size),
-            num_input_channels,
-            num_output_channels,
+            in_channels=num_input_channels,
+            out_channels=num_output_channels,
             deep_supervision=cls.with_deep_supervision,
             **cls.network_arguments,
         )
         network.decoder.deep_supervision = enable_deep_supervision
         if not cls.with_autocast:
-            network.forward = torch.autocast("cuda", enabled=False)(network.forward)  # type: ignore[method-assign]
+            network.forward = torch.autocast("cuda", enabled=False)(network.forward)
         return network
+
+    @classmethod
+    def _make_network(cls, spatial_dims: int, **arguments: Any) -> nn.Module:
+        if issubclass(cls.network_class, NNMambaSeg):
+            return cls.network_class(spatial_dims, **arguments)
+        if spatial_dims != 2:
+            raise ValueError(
+                f"{cls.__name__} segments slices: use the configuration 2d, got one with a patch of {spatial_dims} axes"
+            )
+        return cls.network_class(**arguments)
 
     def initialize(self) -> None:
         super().initialize()
@@ -210,7 +222,7 @@ class MambaTrainer(nnUNetTrainer):
             "inference_allowed_mirroring_axes", self.inference_allowed_mirroring_axes
         )
 
-    def _plain_network(self) -> NNMambaSeg:
+    def _plain_network(self) -> nn.Module:
         network = self.network.module if self.is_ddp else self.network
         return getattr(network, "_orig_mod", network)
 

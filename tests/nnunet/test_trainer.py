@@ -76,6 +76,21 @@ def test_training_step_and_prediction_for_anisotropic_patches(make_trainer, name
     assert logits.shape == (1, 3, *patch_size)
 
 
+@pytest.mark.parametrize("name", ["MedMambaTrainer", "MedMambaTrainerNoSSM"])
+def test_medmamba_trains_and_predicts_slices(make_trainer, name):
+    trainer = make_trainer(name, "2d", patch_size=(40, 56))
+    assert np.isfinite(trainer.train_step(random_batch(trainer))["loss"])
+    trainer.set_deep_supervision_enabled(False)
+    assert trainer.network(torch.randn(1, 1, 40, 56)).shape == (1, 3, 40, 56)
+    with pytest.raises(ValueError, match="use the configuration 2d"):
+        make_trainer(name, "3d_fullres")
+
+
+def test_xfmamba_needs_two_groups_of_channels(make_trainer):
+    with pytest.raises(ValueError, match="`in_channels` must be even"):
+        make_trainer("XFMambaTrainer", "2d")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("patch_size", [(20, 320, 320), (10, 224, 224)], ids=str)
 def test_training_step_and_prediction_for_full_size_anisotropic_patches(make_trainer, patch_size):
