@@ -31,5 +31,9 @@ class CheckpointError(MonaiMambaError):
         self.path = None if path is None else os.fspath(path)
 
 
+class ExportError(MonaiMambaError, RuntimeError):
+    """A network cannot be written for another runtime, or the written file gives other results."""
+
+
 class DatasetError(MonaiMambaError):
     """A data set is incomplete or contradicts itself; the text names the file and the reason."""

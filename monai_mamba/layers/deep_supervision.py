@@ -39,7 +39,9 @@ class DeepSupervisionDecoder(nn.Module):
 
 def fit_to_image(logits: list[Tensor], image_size: Sequence[int]) -> list[Tensor]:
     """Cut the logits of a padded image down to the image; level k gets ``round(size / 2**k)``, at least 1."""
+    sizes = [list(image_size)]  # as it is: while TorchScript traces, sizes are tensors, which cannot be rounded
+    sizes += [[max(1, round(n / 2**level)) for n in image_size] for level in range(1, len(logits))]
     return [
-        resample_to_grid(value, image_size, [max(1, round(n / 2**level)) for n in image_size], 2**level)
-        for level, value in enumerate(logits)
+        resample_to_grid(value, image_size, size, 2**level)
+        for level, (value, size) in enumerate(zip(logits, sizes, strict=True))
     ]

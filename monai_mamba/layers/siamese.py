@@ -22,7 +22,7 @@ def siamese_scan(mixer: MambaMixer, tokens: Tensor) -> Tensor:
     """
     flips: tuple[tuple[int, ...], ...] = ((), (2,), (1,), (1, 2))
     batch = torch.cat([tokens.flip(dims) if dims else tokens for dims in flips])  # (4B, L, C)
-    parts = mixer(batch).chunk(4)
+    parts = mixer(batch).unflatten(0, (4, -1)).unbind()  # not chunk: its number of parts depends on the batch
     total = parts[0]
     for dims, part in zip(flips[1:], parts[1:], strict=True):
         total = total + part.flip(dims)

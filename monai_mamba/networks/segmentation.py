@@ -269,8 +269,9 @@ class TwoViewEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         *finer, last = self.backbone(torch.cat(x.chunk(2, dim=1)))
-        fused = self.deep_fusion(*self.shallow_fusion(*last.permute(0, 2, 3, 1).chunk(2)))
-        return [*(torch.cat(m.chunk(2), dim=1) for m in finer), fused.permute(0, 3, 1, 2)]
+        fused = self.deep_fusion(*self.shallow_fusion(*last.permute(0, 2, 3, 1).unflatten(0, (2, -1))))
+        joined = (torch.cat(m.unflatten(0, (2, -1)).unbind(), dim=1) for m in finer)
+        return [*joined, fused.permute(0, 3, 1, 2)]
 
 
 class XFMambaSeg(_EncoderDecoder):

@@ -71,8 +71,8 @@ class CrossViewSwap(RouteScan):
         # Two calls: the statistics of batch normalisation are those of one view at a time.
         normed = [self.norm(view.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) for view in (a, b)]
         projected = self.in_proj(torch.cat(normed))  # (2B, H, W, d_inner)
-        gate_a, gate_b = torch.sigmoid(self.gate(projected.mean((1, 2))))[:, None, None].chunk(2)
-        from_a, from_b = F.silu(depthwise(self.conv2d, projected)).chunk(2)
+        gate_a, gate_b = torch.sigmoid(self.gate(projected.mean((1, 2))))[:, None, None].unflatten(0, (2, -1))
+        from_a, from_b = F.silu(depthwise(self.conv2d, projected)).unflatten(0, (2, -1))
         is_even = torch.arange(self.d_inner, device=a.device) % 2 == 0
         swapped = torch.stack(
             [torch.where(is_even, from_b, from_a), torch.where(is_even, from_a, from_b)], dim=3
@@ -129,16 +129,16 @@ class MultiViewCombination(RouteScan):
         self.out_proj = nn.Linear(d_inner, channels, bias=False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        normed_a, normed_b = self.norm(torch.cat([a, b])).chunk(2)
+        normed_a, normed_b = self.norm(torch.cat([a, b])).unflatten(0, (2, -1))
         projected = self.in_proj(torch.cat([normed_a, normed_b, (normed_a + normed_b) / 2]))  # (3B, H, W, d_inner)
-        gate = F.silu(projected.chunk(3)[2])
+        gate = F.silu(projected.unflatten(0, (3, -1))[2])
         u = F.silu(depthwise(self.conv2d, projected))
-        y_a, y_b, y_mean = self.out_norm(self._scan(u) if self.with_scan else u).chunk(3)
+        y_a, y_b, y_mean = self.out_norm(self._scan(u) if self.with_scan else u).unflatten(0, (3, -1))
         return a + b + self.out_proj((y_a + y_b + y_mean) * gate)
 
     def _scan(self, u: Tensor) -> Tensor:
         delta, B, C = self.project(u)
-        C_mean = C.chunk(3)[2]
+        C_mean = C.unflatten(0, (3, -1))[2]
         D = self.Ds.unflatten(0, (self.num_routes, -1))
         return ss2d_scan(u, delta, self.decay_rates(), B, torch.cat([C_mean] * 3), D, self.dt_projs_bias)
 
@@ -314,7 +314,7 @@ class XFMamba(nn.Module):
             pooled = self.taps["fused"](self.backbone.normalized(maps, -1)).mean((2, 3))
         else:
             maps = self.backbone.forward_features(torch.cat([a, b]))  # both views in one batch
-            a, b = self.backbone.normalized(maps, -1).chunk(2)
+            a, b = self.backbone.normalized(maps, -1).unflatten(0, (2, -1))
             if self.fusion == "late":
                 pooled = torch.cat([self.taps["view_a"](a), self.taps["view_b"](b)], dim=1).mean((2, 3))
             else:
