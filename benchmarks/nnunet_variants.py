@@ -5,7 +5,8 @@
 Takes some cases of a decathlon-style folder for training and others for testing, plans and preprocesses them with
 nnU-Net, trains every variant for the same number of iterations on the same plan and fold, predicts the test cases
 without test-time augmentation and writes the Dice of every structure as JSON and as a Markdown table. nnU-Net's
-training is not seeded, so single runs differ; ``--repeats`` shows by how much.
+training is not seeded, so single runs differ; ``--repeats`` shows by how much. Rows that the output file holds already
+are kept, so a table can be made in several sittings.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ BASE = dict(head="conv1x1", init_filters=16)
 VARIANTS: dict[str, tuple[dict, str, float] | None] = {
     "conv1x1 AdamW 2e-3": (BASE, "adamw", 2e-3),
     "published head Adam 2e-4": (BASE | {"head": "double_conv"}, "adam", 2e-4),
+    "conv1x1 AdamW 5e-4": (BASE, "adamw", 5e-4),
     "conv1x1 SGD 1e-2": (BASE, "sgd", 1e-2),
     "published head AdamW 2e-3": (BASE | {"head": "double_conv"}, "adamw", 2e-3),
+    "published head AdamW 5e-4": (BASE | {"head": "double_conv"}, "adamw", 5e-4),
     "conv1x1 instance norm AdamW 2e-3": (BASE | {"norm": "instance"}, "adamw", 2e-3),
+    "conv1x1 instance norm AdamW 5e-4": (BASE | {"norm": "instance"}, "adamw", 5e-4),
     "conv1x1 AdamW 2e-3, no scan": (BASE | {"mixer": "none"}, "adamw", 2e-3),
     "nnU-Net's own network and SGD 1e-2": None,
 }
@@ -136,7 +140,7 @@ def main() -> None:
     plan = f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -np 1 -npfp 1".split()
     run(plan, environment | {"nnUNet_n_proc_DA": "1"}, log)
 
-    rows = []
+    rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
     for name in arguments.variants:
         trainer = class_name(list(VARIANTS).index(name))
         for repeat in range(arguments.repeats):
@@ -163,7 +167,15 @@ def main() -> None:
             )
             summary = json.loads((predictions / "summary.json").read_text())
             dice = {structure: summary["mean"][str(label)]["Dice"] for structure, label in structures.items()}
-            rows.append({"variant": name, "repeat": repeat, "dice": dice, "train_seconds": round(seconds, 1)})
+            rows.append(
+                {
+                    "variant": name,
+                    "repeat": repeat,
+                    "dice": dice,
+                    "iterations": arguments.epochs * arguments.iterations,
+                    "train_seconds": round(seconds, 1),
+                }
+            )
             print(json.dumps(rows[-1]), flush=True)
             write_results(arguments, rows, list(structures))
 
@@ -186,17 +198,16 @@ def write_results(arguments: argparse.Namespace, rows: list[dict], structures: l
         },
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "cases": {"train": arguments.train, "test": arguments.test},
-        "iterations": arguments.epochs * arguments.iterations,
         "rows": rows,
     }
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     table = [
-        "| variant | " + " | ".join(f"Dice {s}" for s in structures) + " | training, s |",
-        "|" + " --- |" * (len(structures) + 2),
+        "| variant | iterations | " + " | ".join(f"Dice {s}" for s in structures) + " | training, s |",
+        "|" + " --- |" * (len(structures) + 3),
     ]
     for row in rows:
         dice = " | ".join(f"{row['dice'][s]:.3f}" for s in structures)
-        table.append(f"| {row['variant']} | {dice} | {row['train_seconds']:.0f} |")
+        table.append(f"| {row['variant']} | {row['iterations']} | {dice} | {row['train_seconds']:.0f} |")
     arguments.output.with_suffix(".md").write_text("\n".join(table) + "\n")
 
 
