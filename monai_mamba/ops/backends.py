@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,7 +150,10 @@ class Backend:
         # The routes are added up in the type of the state.
         u = repeat_routes(x.to(torch.promote_types(x.dtype, torch.float32)), routes).flatten(2)
         y, states = self.scan_forward(
-            u, *_sequences(delta, A, B, C, D, delta_bias, routes), delta_softplus, save_states
+            u,
+            **_sequences(delta, A, B, C, D, delta_bias, routes),
+            delta_softplus=delta_softplus,
+            save_states=save_states,
         )
         total = sum_routes(y.unflatten(2, (len(routes), -1)), routes, (x.shape[1], x.shape[2]))
         return total.to(x.dtype), states
@@ -174,8 +178,8 @@ class Backend:
             repeat_routes(grad_y.to(dtype), routes).flatten(2),
             states,
             repeat_routes(x.to(dtype), routes).flatten(2),
-            *_sequences(delta, A, B, C, D, delta_bias, routes),
-            delta_softplus,
+            **_sequences(delta, A, B, C, D, delta_bias, routes),
+            delta_softplus=delta_softplus,
         )
         assert grad_u is not None and grad_delta is not None and grad_A is not None
         assert grad_B is not None and grad_C is not None
@@ -209,17 +213,17 @@ def _sequences(
     D: Tensor | None,
     delta_bias: Tensor | None,
     routes: tuple[str, ...],
-) -> tuple[Tensor | None, ...]:
+) -> dict[str, Any]:
     """Lay out the arguments of a map after ``x`` as those of a sequence after ``u``, one group per route."""
-    return (
-        stack_routes(delta, routes).flatten(2),
-        A.flatten(0, 1),
-        stack_routes(B, routes),
-        stack_routes(C, routes),
-        None if D is None else D.flatten(),
-        None,
-        None if delta_bias is None else delta_bias.flatten(),
-    )
+    return {
+        "delta": stack_routes(delta, routes).flatten(2),
+        "A": A.flatten(0, 1),
+        "B": stack_routes(B, routes),
+        "C": stack_routes(C, routes),
+        "D": None if D is None else D.flatten(),
+        "z": None,
+        "delta_bias": None if delta_bias is None else delta_bias.flatten(),
+    }
 
 
 _REGISTRY: dict[str, Backend] = {}

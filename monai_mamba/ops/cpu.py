@@ -113,7 +113,7 @@ class CpuBackend(Backend):
         )
 
     def ss2d_forward(self, x, delta, A, B, C, D, delta_bias, routes, delta_softplus, save_states):
-        dense = tuple(_dense(t.flatten(1, 2)) for t in (x, delta, B, C))
+        flat = tuple(_dense(t.flatten(1, 2)) for t in (x, delta, B, C))
         A, D, delta_bias = (_parameter(t) for t in (A, D, delta_bias))
         # The routes are added up in the output, which therefore is float32 until the end.
         y = torch.empty(x.shape, dtype=torch.float32)
@@ -121,7 +121,7 @@ class CpuBackend(Backend):
         if save_states:
             chunks = -(-x.shape[1] * x.shape[2] // STATE_INTERVAL)
             states = torch.empty((x.shape[0], chunks, A.shape[0] * A.shape[1], A.shape[2]), dtype=torch.float32)
-        job = _map_job(x.shape, *dense, A, D, delta_bias, routes, delta_softplus, states)
+        job = _map_job(x.shape, flat, A, D, delta_bias, routes, delta_softplus, states)
         job.y = _channel_view(y.flatten(1, 2), 0)
         _run("scan_forward", job)
         return y.to(x.dtype), states
@@ -129,9 +129,10 @@ class CpuBackend(Backend):
     def ss2d_backward(self, grad_y, states, x, delta, A, B, C, D, delta_bias, routes, delta_softplus):
         if states is None:
             _, states = self.ss2d_forward(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, True)
-        grad_y, *dense = (_dense(t.flatten(1, 2)) for t in (grad_y, x, delta, B, C))
+        grad_y = _dense(grad_y.flatten(1, 2))
+        flat = tuple(_dense(t.flatten(1, 2)) for t in (x, delta, B, C))
         A_, D_, delta_bias_, states = (_parameter(t) for t in (A, D, delta_bias, states))
-        job = _map_job(x.shape, *dense, A_, D_, delta_bias_, routes, delta_softplus, states)
+        job = _map_job(x.shape, flat, A_, D_, delta_bias_, routes, delta_softplus, states)
         grad_x, grad_delta = torch.empty(x.shape, dtype=torch.float32), torch.empty(delta.shape, dtype=delta.dtype)
         grad_A, grad_B, grad_C, grad_D, grad_bias = (
             None if t is None else torch.empty(t.shape, dtype=torch.float32) for t in (A, B, C, D, delta_bias)
@@ -211,8 +212,9 @@ def _sequence_job(u, delta, A, B, C, D, z, delta_bias, delta_softplus, states) -
     return job
 
 
-def _map_job(shape, x, delta, B, C, A, D, delta_bias, routes, delta_softplus, states) -> cpu_library.ScanJob:
-    """Describe a scan along routes; ``x`` to ``C`` with flat pixels. The caller must keep the tensors alive."""
+def _map_job(shape, flat, A, D, delta_bias, routes, delta_softplus, states) -> cpu_library.ScanJob:
+    """Describe a scan along routes; ``flat`` is x, delta, B, C with the pixels in one axis, and must be kept alive."""
+    x, delta, B, C = flat
     job = cpu_library.ScanJob()
     job.batch, job.height, job.width, job.channels = shape
     job.length, job.groups, job.d_state = shape[1] * shape[2], len(routes), A.shape[2]

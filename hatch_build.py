@@ -1,0 +1,54 @@
+"""Build hook: puts the compiled C library of the CPU scan into wheels.
+
+With a C compiler the wheel is ``py3-none-<platform>`` (any Python, any PyTorch); without one, or with
+``MONAI_MAMBA_BUILD=0``, it is the pure ``py3-none-any`` and the library is compiled on first use. A build never fails
+for want of a compiler. Editable installs always compile on first use.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class CustomBuildHook(BuildHookInterface):
+    """Adds the library to standard wheels."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        if version != "standard":
+            return
+        cpu_build = _load(Path(self.root, "monai_mamba", "ops", "cpu_build.py"))
+        if not cpu_build.is_allowed():
+            self.app.display_info(f"{cpu_build.BUILD_VARIABLE} is 0: building a pure wheel without the C library")
+            return
+        self._folder = tempfile.TemporaryDirectory(prefix="monai-mamba-build-")
+        try:
+            library = cpu_build.build(Path(self._folder.name, cpu_build.LIBRARY_NAME))
+        except cpu_build.BuildError as error:
+            self.app.display_warning(f"building a pure wheel, the C library cannot be compiled here: {error}")
+            return
+        build_data["force_include"][str(library)] = f"monai_mamba/ops/{cpu_build.LIBRARY_NAME}"
+        build_data["pure_python"] = False
+        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["tag"] = f"py3-none-{platform}"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        if hasattr(self, "_folder"):
+            self._folder.cleanup()
+
+
+def _load(path: Path) -> ModuleType:
+    # By its path: neither PyTorch nor the package itself is there while it is being built.
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,378 @@
+"""The C backend: every instruction set, type and stride, any number of threads, forks, and data that is not finite."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from monai_mamba.errors import BackendError
+from monai_mamba.ops import causal_conv1d, cpu_library, get_backend, selective_scan, ss2d_scan
+from monai_mamba.ops.cpu import use_variant
+from monai_mamba.ops.routes import ROUTES
+
+try:
+    VARIANTS = list(cpu_library.load().variants)
+except cpu_library.LibraryError as error:  # no compiler on this machine
+    pytest.skip(str(error), allow_module_level=True)
+
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+FORWARD_TOLERANCE = 5e-7  # of the maximum, against float64
+GRADIENT_TOLERANCE = 3e-6
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    with use_variant(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def scan_inputs(batch=2, length=130, channels=24, groups=1, d_state=16):
+    """Float64 inputs drawn like those of the networks."""
+    rates = torch.log(torch.arange(1, d_state + 1, dtype=torch.float64)) + 0.1 * normal(channels, d_state)
+    return {
+        "u": normal(batch, length, channels),
+        "delta": 0.5 * normal(batch, length, channels),
+        "A": -torch.exp(rates),
+        "B": normal(batch, length, groups, d_state),
+        "C": normal(batch, length, groups, d_state),
+        "D": normal(channels),
+        "z": normal(batch, length, channels),
+        "delta_bias": normal(channels) - 3,
+    }
+
+
+def map_inputs(batch=2, height=7, width=11, channels=20, d_state=16, num_routes=4):
+    rates = torch.log(torch.arange(1, d_state + 1, dtype=torch.float64)) + 0.1 * normal(num_routes, channels, d_state)
+    return {
+        "x": normal(batch, height, width, channels),
+        "delta": 0.5 * normal(batch, height, width, num_routes, channels),
+        "A": -torch.exp(rates),
+        "B": normal(batch, height, width, num_routes, d_state),
+        "C": normal(batch, height, width, num_routes, d_state),
+        "D": normal(num_routes, channels),
+        "delta_bias": normal(num_routes, channels) - 3,
+    }
+
+
+def as_leaves(values, dtype):
+    return {k: None if v is None else v.detach().to(dtype).requires_grad_() for k, v in values.items()}
+
+
+def run(op, inputs, backend, **arguments):
+    """Output and gradients of every input for an output gradient that is the same for all backends."""
+    y = op(**inputs, backend=backend, **arguments)
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    present = {k: v for k, v in inputs.items() if v is not None}
+    found = torch.autograd.grad(y, list(present.values()), grad_y.to(y.dtype))
+    return y, dict(zip(present, found, strict=True))
+
+
+def error_of(value, reference):
+    return ((value.double() - reference).abs().max() / reference.abs().max().clamp_min(1e-30)).item()
+
+
+def check(op, values, **arguments):
+    """Float32 in C against the float64 definition on the same (float32) numbers."""
+    values = {k: None if v is None else v.float() for k, v in values.items()}
+    y, found = run(op, as_leaves(values, torch.float32), "cpu", **arguments)
+    expected_y, expected = run(op, as_leaves(values, torch.float64), "reference", **arguments)
+    assert error_of(y, expected_y) <= FORWARD_TOLERANCE
+    for name, gradient in found.items():
+        if expected[name].abs().max() == 0:
+            assert gradient.abs().max() == 0, name
+        else:
+            assert error_of(gradient, expected[name]) <= GRADIENT_TOLERANCE, name
+
+
+def scan(**arguments):
+    return selective_scan(**arguments, delta_softplus=True, channels_last=True)
+
+
+@pytest.mark.parametrize(
+    ("length", "channels", "groups", "d_state"),
+    [
+        *((1, 1, 1, 1), (1, 16, 1, 16), (63, 15, 1, 4), (64, 17, 1, 8), (65, 32, 2, 16), (130, 66, 3, 3)),
+        *((200, 40, 4, 1), (129, 48, 2, 2), (70, 8, 8, 5), (66, 33, 1, 64), (65, 5, 1, 255), (64, 3, 1, 256)),
+    ],
+    ids=lambda v: str(v),
+)
+def test_scan_matches_float64_on_every_instruction_set(variant, length, channels, groups, d_state):
+    check(scan, scan_inputs(2, length, channels, groups, d_state))
+
+
+@pytest.mark.parametrize("present", [(), ("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")], ids="+".join)
+@pytest.mark.parametrize("d_state", [1, 16])
+def test_scan_optional_arguments_match_float64(variant, present, d_state):
+    values = scan_inputs(channels=18, d_state=d_state)
+    check(scan, {k: v if k in NAMES[:5] or k in present else None for k, v in values.items()})
+
+
+def test_scan_without_softplus_matches_float64(variant):
+    values = scan_inputs()
+    values["delta"] = values["delta"].abs() * 0.1
+    values["delta_bias"] = None
+    check(lambda **a: selective_scan(**a, channels_last=True), values)
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 70), (70, 1), (8, 8), (5, 27)], ids=lambda v: str(v))
+def test_ss2d_scan_matches_float64_on_every_instruction_set(variant, height, width):
+    check(ss2d_scan, map_inputs(height=height, width=width))
+
+
+@pytest.mark.parametrize("routes", [("column",), ("row_reversed", "column"), ROUTES[::-1]], ids="+".join)
+@pytest.mark.parametrize("d_state", [1, 6])
+def test_ss2d_scan_route_subset_matches_float64(variant, routes, d_state):
+    check(ss2d_scan, map_inputs(num_routes=len(routes), d_state=d_state, channels=33), routes=routes)
+
+
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "linear"])
+@pytest.mark.parametrize(
+    ("length", "channels", "width"), [(1, 1, 1), (3, 16, 4), (300, 37, 4), (130, 24, 3), (9, 8, 64), (600, 2, 2)]
+)
+def test_conv_matches_float64_on_every_instruction_set(variant, length, channels, width, silu):
+    values = {"x": normal(2, length, channels), "weight": normal(channels, width), "bias": normal(channels)}
+    activation = "silu" if silu else None
+    check(causal_conv1d, values, channels_last=True, activation=activation)
+    check(causal_conv1d, {**values, "bias": None}, channels_last=True, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("channels", [16, 21], ids=["whole", "ragged"])
+def test_low_precision_rounds_once_at_the_end(variant, dtype, channels):
+    """Everything inside is float32: the result is the float32 result of the rounded inputs, rounded once."""
+    cases = (
+        (scan, scan_inputs(channels=channels), {}),
+        (ss2d_scan, map_inputs(channels=channels), {}),
+        (
+            causal_conv1d,
+            {"x": normal(2, 70, channels), "weight": normal(channels, 4), "bias": normal(channels)},
+            {"channels_last": True, "activation": "silu"},
+        ),
+    )
+    for op, values, arguments in cases:
+        # Parameters stay float32 under mixed precision; that the output gradient is rounded is the same for both.
+        low = {k: None if v is None else v.to(torch.float32 if v.ndim < 3 else dtype) for k, v in values.items()}
+        y, found = run(op, {k: v.requires_grad_() for k, v in low.items()}, "cpu", **arguments)
+        wide = as_leaves(low, torch.float32)
+        expected = op(**wide, backend="cpu", **arguments)
+        assert y.dtype == dtype
+        assert torch.equal(y, expected.to(dtype))
+        grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+        gradients = torch.autograd.grad(expected, list(wide.values()), grad_y.float())
+        for (name, gradient), reference in zip(found.items(), gradients, strict=True):
+            assert gradient.dtype == low[name].dtype
+            assert torch.equal(gradient, reference.to(gradient.dtype)), name
+
+
+@pytest.mark.parametrize(
+    "value", [0.0, -0.0, 1.0, 65504.0, 65519.9, 65520.0, 1e9, 6e-8, 2.9e-8, 3.1e-8, 6.1e-5, 1e-10, float("inf")]
+)
+def test_half_precision_conversion_equals_that_of_torch(variant, value):
+    """A convolution with the single tap 1 passes numbers through: loads and stores convert exactly as PyTorch does."""
+    x = torch.tensor([value, -value, 1.0009766 * value]).view(1, 3, 1)
+    one = torch.ones(1, 1)
+    for dtype in (torch.float16, torch.bfloat16):
+        rounded = x.to(dtype)
+        assert torch.equal(causal_conv1d(rounded, one, channels_last=True, backend="cpu"), rounded)
+        # Float32 weights times low-precision data round to the type of the data.
+        y = causal_conv1d(torch.ones(1, 3, 1, dtype=dtype), x.flatten()[:1].view(1, 1), channels_last=True)
+        assert torch.equal(y, x.flatten()[:1].to(dtype).expand(3).view(1, 3, 1))
+
+
+def test_scan_slices_of_projections_need_no_copy_and_match(variant):
+    """Channel slices of a projection, a broadcast batch and a flipped sequence are read where they lie."""
+    projection = normal(2, 70, 16 + 16 + 40 + 40).float()
+    u, delta, B, C = projection.split([40, 40, 16, 16], dim=-1)
+    A = -torch.rand(40, 16)
+    y = selective_scan(u, delta, A, B, C, delta_softplus=True, channels_last=True, backend="cpu")
+    dense = [t.contiguous() for t in (u, delta, A, B, C)]
+    assert torch.equal(y, selective_scan(*dense, delta_softplus=True, channels_last=True, backend="cpu"))
+    wide = [t[:1].expand(3, -1, -1) for t in (u, delta, B, C)]
+    y3 = selective_scan(wide[0], wide[1], A, *wide[2:], delta_softplus=True, channels_last=True, backend="cpu")
+    assert torch.equal(y3, y[:1].expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("num_threads", [2, 3, 8])
+def test_results_do_not_depend_on_the_number_of_threads(variant, threads, num_threads):
+    cases = (
+        (scan, scan_inputs(1, 1100, 96, 2, 16), {}),
+        (scan, scan_inputs(3, 2000, 200, 1, 1), {}),
+        (ss2d_scan, map_inputs(1, 31, 33, 72), {}),
+        (
+            causal_conv1d,
+            {"x": normal(2, 5000, 96), "weight": normal(96, 4), "bias": normal(96)},
+            {"channels_last": True, "activation": "silu"},
+        ),
+    )
+    for op, values, arguments in cases:
+        inputs = as_leaves(values, torch.float32)
+        threads(1)
+        y, alone = run(op, inputs, "cpu", **arguments)
+        threads(num_threads)
+        again, together = run(op, inputs, "cpu", **arguments)
+        assert torch.equal(y, again)
+        for name, gradient in alone.items():
+            assert torch.equal(gradient, together[name]), name
+
+
+def test_callers_in_many_python_threads_get_their_own_results(threads):
+    threads(2)
+    inputs = [as_leaves(scan_inputs(1, 900, 80), torch.float32) for _ in range(6)]
+    expected = [run(scan, i, "cpu") for i in inputs]
+    failures = []
+
+    def work(k):
+        for _ in range(5):
+            y, found = run(scan, inputs[k], "cpu")
+            same = torch.equal(y, expected[k][0]) and all(torch.equal(found[n], g) for n, g in expected[k][1].items())
+            if not same:
+                failures.append(k)
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(len(inputs))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert not any(worker.is_alive() for worker in workers)
+    assert not failures
+
+
+def _scan_in_child(queue, inputs):
+    torch.set_num_threads(2)
+    y = selective_scan(**inputs, delta_softplus=True, channels_last=True, backend="cpu")
+    # Summed by NumPy: PyTorch's own sum waits for the OpenMP threads of the parent for ever.
+    queue.put(float(y.numpy().sum()))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_child_processes_scan_after_the_parent_has(threads, method):
+    """The pool of the parent does not survive a fork; a child that waited for it would hang."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} on this system")
+    threads(2)
+    inputs = {k: v.float() for k, v in scan_inputs(1, 1500, 64).items()}
+    expected = float(scan(**inputs, backend="cpu").numpy().sum())
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=_scan_in_child, args=(queue, inputs))
+    child.start()
+    try:
+        result = queue.get(timeout=60)
+    finally:
+        child.join(10)
+        child.kill()
+    assert child.exitcode == 0
+    assert result == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "D", "z", "delta_bias"])
+def test_scan_lets_values_that_are_not_finite_through(variant, name, value):
+    """What the definition makes NaN or infinite is so here; the rest of the output stays finite and right."""
+    values = scan_inputs(1, 70, 20)
+    index = {"A": (3, 2), "D": (3,), "delta_bias": (3,)}.get(name, (0, 5, 3) if name in "u delta z" else (0, 5, 0, 3))
+    values[name][index] = value
+    y = scan(**{k: v.float() for k, v in values.items()}, backend="cpu")
+    expected = scan(**{k: v.float() for k, v in values.items()}, backend="reference")
+    bad = ~torch.isfinite(expected)
+    assert torch.equal(~torch.isfinite(y), bad)
+    torch.testing.assert_close(y[~bad], expected[~bad], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("d_state", [1, 16])
+@pytest.mark.parametrize("strength", [1e1, 1e3, 1e4, 1e30], ids=lambda v: f"{v:g}")
+def test_scan_strong_decay_stays_finite_and_right(variant, strength, d_state):
+    """delta * A down to -1e4 and far beyond, where 2^x leaves the range of float32."""
+    values = {k: v.float() for k, v in scan_inputs(1, 100, 20, d_state=d_state).items()}
+    values["A"] = values["A"] * strength
+    values["delta"] = values["delta"].abs() + 1
+    y, found = run(scan, as_leaves(values, torch.float32), "cpu")
+    expected_y, expected = run(scan, as_leaves(values, torch.float64), "reference")
+    assert error_of(y, expected_y) <= FORWARD_TOLERANCE
+    for name, gradient in found.items():
+        assert torch.isfinite(gradient).all(), name
+        if expected[name].abs().max() > 1e-30:
+            assert error_of(gradient, expected[name]) <= GRADIENT_TOLERANCE, name
+
+
+def test_scan_growing_state_overflows_to_infinity(variant):
+    """Positive A is allowed; its overflow is infinity, not a wrapped exponent."""
+    ones = torch.ones(1, 300, 16)
+    y = selective_scan(
+        ones, ones, torch.full((16, 4), 50.0), torch.ones(1, 300, 4), torch.ones(1, 300, 4), channels_last=True
+    )
+    expected = selective_scan(
+        *(ones, ones, torch.full((16, 4), 50.0), torch.ones(1, 300, 4), torch.ones(1, 300, 4)),
+        channels_last=True,
+        backend="reference",
+    )
+    assert torch.isinf(y[0, -1]).all()
+    assert torch.equal(torch.isinf(y), torch.isinf(expected))
+
+
+def test_long_memory_carries_no_bias(variant):
+    """Decays around 1 - 2e-5: an exponential that is off by 1e-7 in the same direction at every step would be seen."""
+    length = 3000
+    values = {
+        "u": torch.ones(1, length, 16),
+        "delta": 4e-3 * torch.rand(1, length, 16),
+        "A": torch.full((16, 4), -1e-2),
+        "B": torch.ones(1, length, 1, 4),
+        "C": torch.ones(1, length, 1, 4),
+    }
+    y = selective_scan(**values, channels_last=True, backend="cpu")
+    exact = selective_scan(**{k: v.double() for k, v in values.items()}, channels_last=True, backend="reference")
+    assert error_of(y, exact) <= 2e-5  # 3000 steps off by 1e-7 would make 1.5e-4
+
+
+def test_refusals_name_the_reason():
+    values = {k: v for k, v in scan_inputs(1, 4, 2, d_state=2).items()}
+    with pytest.raises(BackendError, match="float32, got float64"):
+        scan(**values, backend="cpu")
+    wide = {k: v.float() for k, v in scan_inputs(1, 4, 2, d_state=257).items()}
+    with pytest.raises(BackendError, match="at most 256 states, got N=257"):
+        scan(**wide, backend="cpu")
+    with pytest.raises(BackendError, match="at most 64 taps, got W=65"):
+        causal_conv1d(torch.ones(1, 4, 2), torch.ones(2, 65), channels_last=True, backend="cpu")
+
+
+def test_the_automatic_choice_on_cpu_tensors_is_the_c_library():
+    assert get_backend("cpu").availability().ok
+    values = {k: v.float() for k, v in scan_inputs().items()}
+    assert torch.equal(scan(**values), scan(**values, backend="cpu"))
+
+
+@pytest.mark.parametrize("name", ["avx9", "AVX2"])
+def test_unknown_instruction_set_is_an_error_that_lists_the_known(name):
+    with pytest.raises(BackendError, match=f"{name}.*baseline"), use_variant(name):
+        pass
+
+
+def test_instruction_set_follows_the_environment_variable():
+    code = "from monai_mamba.ops import get_backend; print(get_backend('cpu').availability())"
+    for name, expected in (("baseline", "ok=True"), ("avx9", "ok=False")):
+        environment = {**__import__("os").environ, cpu_library.VARIANT_VARIABLE: name}
+        out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert expected in out.stdout and name in out.stdout
+
+
+def test_subnormal_numbers_survive_in_the_calling_thread():
+    """The kernels flush subnormal numbers for themselves only."""
+    scan(**{k: v.float() for k, v in scan_inputs().items()}, backend="cpu")
+    assert (torch.tensor([1e-39]) * 0.5).item() > 0
