@@ -1,0 +1,1 @@
+"""Scan, plan, run: what all sources share."""

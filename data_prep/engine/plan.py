@@ -1,0 +1,246 @@
+"""The plan: every case with its name, fold and files, and every verdict known before anything is made."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.book import Book, Verdict
+from data_prep.engine.files import write_whole
+from data_prep.errors import DatasetError, UsageError
+from data_prep.identity import Pseudonyms
+from data_prep.layouts import LAYOUTS, Entry, Layout
+from data_prep.model import Case, Description, Json, Make, Ref, Source
+from data_prep.splits import assign_folds, official_conflict
+from data_prep.tree import Tree
+
+PLAN_VERSION = 1
+
+
+@dataclass
+class Plan:
+    """Everything that is decided before the first file is written.
+
+    Args:
+        source: name of the source.
+        options: of the source.
+        description: of the data set.
+        layout: name of the layout.
+        is_personal: names of inputs may not appear in the data set.
+        roots: input folders, absolute.
+        entries: planned cases, sorted by name.
+        verdicts: inputs that are settled already.
+        shown: name of every input in the public report.
+        notes: remarks on the whole data set.
+        stamps: tree path to ``[size, mtime_ns]`` of the files that cases read.
+        expected: number of inputs per kind, counted from the input itself; the report must agree.
+    """
+
+    source: str
+    options: dict[str, Json]
+    description: Description
+    layout: str
+    is_personal: bool
+    roots: list[str]
+    entries: list[Entry]
+    verdicts: dict[Ref, Verdict]
+    shown: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+    stamps: dict[str, list[int]] = field(default_factory=dict)
+    expected: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def layout_object(self) -> Layout:
+        return LAYOUTS[self.layout]
+
+    def absolute(self, path: str) -> str:
+        if len(self.roots) == 1:
+            root = Path(self.roots[0])
+            return str(root if root.is_file() else root / path)
+        head, rest = path.split("/", 1)
+        root = Path(self.roots[int(head.removeprefix("input")) - 1])
+        return str(root if root.is_file() else root / rest)
+
+    def fingerprint(self, entry: Entry, link: str) -> str:
+        """Changes whenever the files of a case would have to be made again."""
+        from data_prep.operations import find_operation
+
+        makes = [
+            [
+                make.operation,
+                find_operation(make.operation).operation_version,  # type: ignore[attr-defined]
+                [[path, *self.stamps[path]] for path in make.inputs],
+                dict(make.params),
+                output,
+            ]
+            for make, output in zip(entry.case.makes, entry.outputs, strict=True)
+        ]
+        text = json.dumps([PLAN_VERSION, makes, link, self.is_personal, entry.case.same_grid], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def table(self) -> str:
+        """The plan as CSV for a person to review."""
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["case", "patient", "part", "fold", "target", "operations", "inputs", "outputs"])
+        for entry in self.entries:
+            case = entry.case
+            writer.writerow(
+                [
+                    entry.name,
+                    entry.group,
+                    case.split or "train",
+                    "" if entry.fold is None else entry.fold,
+                    "" if case.target is None else json.dumps(case.target),
+                    " ".join(dict.fromkeys(make.operation for make in case.makes)),
+                    " ".join(dict.fromkeys(path for make in case.makes for path in make.inputs)),
+                    " ".join(entry.outputs),
+                ]
+            )
+        return text.getvalue()
+
+    def save(self, folder: Path) -> None:
+        """Write ``plan.json`` (for ``merge``) and ``plan.csv`` (for people)."""
+        content = {
+            "version": PLAN_VERSION,
+            "source": self.source,
+            "options": self.options,
+            "description": dataclasses.asdict(self.description),
+            "layout": self.layout,
+            "is_personal": self.is_personal,
+            "roots": self.roots,
+            "notes": self.notes,
+            "stamps": self.stamps,
+            "entries": [_slim(entry) for entry in self.entries],
+            "verdicts": [[dataclasses.astuple(ref), dataclasses.astuple(v)] for ref, v in self.verdicts.items()],
+            "shown": self.shown,
+            "expected": self.expected,
+        }
+        write_whole(folder / "plan.json", json.dumps(content, default=str) + "\n")
+        write_whole(folder / "plan.csv", self.table())
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        """Read what `save` wrote.
+
+        Raises:
+            UsageError: no plan there, or one of another version.
+        """
+        try:
+            content = json.loads((folder / "plan.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError("there is no plan for this data set; run the shards first.") from error
+        if content["version"] != PLAN_VERSION:
+            raise UsageError("the plan was made by another version; run the shards again.")
+        description = content["description"]
+        for key in ("channels", "regions_class_order"):
+            description[key] = None if description[key] is None else tuple(description[key])
+        return cls(
+            source=content["source"],
+            options=content["options"],
+            description=Description(**description),
+            layout=content["layout"],
+            is_personal=content["is_personal"],
+            roots=content["roots"],
+            entries=[_fat(entry) for entry in content["entries"]],
+            verdicts={Ref(*ref): Verdict(*verdict) for ref, verdict in content["verdicts"]},
+            shown=content["shown"],
+            notes=content["notes"],
+            stamps=content["stamps"],
+            expected=content["expected"],
+        )
+
+
+def make_plan(
+    source: Source, tree: Tree, pseudonyms: Pseudonyms, layout: str, num_folds: int | None, seed: int
+) -> Plan:
+    """Let `source` read `tree`, then settle names, folds and paths.
+
+    Raises:
+        UsageError: options, layout and data do not fit.
+        DatasetError: nothing to convert, or the data contradict themselves.
+    """
+    book = Book(tree)
+    description = source.plan(tree, book)
+    book.close()
+    LAYOUTS[layout].check(description)
+    if not book.cases and not any(verdict.status == "failed" for verdict in book.verdicts.values()):
+        reasons = sorted({verdict.reason for verdict in book.verdicts.values() if verdict.status == "skipped"})
+        raise DatasetError(f"nothing to convert in {len(tree)} files ({', '.join(reasons) or 'the input is empty'}).")
+    cases = list(book.cases.values())
+    conflicts = official_conflict(cases)
+    if conflicts:
+        book.note(
+            f"{len(conflicts)} patients are in more than one part of the publisher's own split; "
+            "scores on its test part are not independent of training"
+        )
+    folds = assign_folds(cases, num_folds, seed)
+    names = pseudonyms.names(sorted(book.cases))
+    entries = [
+        Entry(
+            case=case,
+            name=names[case.key],
+            group=pseudonyms.group(case.group),
+            fold=folds.get(case.key),
+            outputs=LAYOUTS[layout].outputs(description, names[case.key], case),
+        )
+        for case in cases
+    ]
+    entries.sort(key=lambda entry: entry.name)
+    used = sorted({path for case in cases for make in case.makes for path in make.inputs})
+    return Plan(
+        source=source.name,
+        options=source.to_json(),
+        description=description,
+        layout=layout,
+        is_personal=pseudonyms.identifiers == "personal",
+        roots=[str(root) for root in tree.roots],
+        entries=entries,
+        verdicts=book.verdicts,
+        shown={ref.path: pseudonyms.input(ref.path) for ref in book.inputs()},
+        notes=book.notes,
+        stamps={path: [tree.stamp(path).size, tree.stamp(path).mtime_ns] for path in used},
+        expected=dict(Counter(ref.kind for ref in tree.expected)),
+    )
+
+
+def in_shard(name: str, shard: tuple[int, int]) -> bool:
+    """Whether a case belongs to shard ``(number, count)``; depends on its name alone."""
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % shard[1] == shard[0] - 1
+
+
+def all_lines(plan: Plan) -> Iterator[tuple[Ref, Verdict | None, list[str]]]:
+    """Every input with its settled verdict, if any, and the names of the cases that use it."""
+    users: dict[Ref, list[str]] = {}
+    for entry in plan.entries:
+        for ref in entry.case.inputs:
+            users.setdefault(ref, []).append(entry.name)
+    for ref in sorted(users.keys() | plan.verdicts.keys()):
+        yield ref, plan.verdicts.get(ref), users.get(ref, [])
+
+
+def _slim(entry: Entry) -> dict[str, Any]:
+    return dataclasses.asdict(entry)
+
+
+def _fat(content: dict[str, Any]) -> Entry:
+    case = content["case"]
+
+    def make(value: dict[str, Any]) -> Make:
+        return Make(value["operation"], tuple(value["inputs"]), value["params"])
+
+    case |= {
+        "images": tuple(make(one) for one in case["images"]),
+        "label_map": make(case["label_map"]) if case["label_map"] else None,
+        "views": tuple(case["views"]),
+        "refs": tuple(Ref(**ref) for ref in case["refs"]),
+    }
+    return Entry(Case(**case), content["name"], content["group"], content["fold"], tuple(content["outputs"]))

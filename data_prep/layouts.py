@@ -1,0 +1,209 @@
+"""Where files lie in the data set and which descriptions stand beside them: nnU-Net raw, and MONAI datalist."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from data_prep.errors import UsageError
+from data_prep.model import Case, Description
+
+CONVERTED_BY = "monai-mamba data_prep"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A case with the name, group and fold it has in the data set.
+
+    Args:
+        case: what is made.
+        name: case id, used in file names.
+        group: patient id as shown.
+        fold: in which the case validates; ``None`` for official parts and without folds.
+        outputs: paths below the data set, one per `Case.makes`.
+    """
+
+    case: Case
+    name: str
+    group: str
+    fold: int | None
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What came out of a case: for each `Case.makes`, the path of its file (or of the input that stands for it)."""
+
+    entry: Entry
+    files: tuple[str, ...]
+
+
+class Layout(ABC):
+    """A way to lay out a data set."""
+
+    name: ClassVar[str]
+    #: whether the description may refer to inputs by path instead of holding them
+    may_refer: ClassVar[bool] = False
+
+    @abstractmethod
+    def check(self, description: Description) -> None:
+        """Raise `UsageError` when this layout cannot hold such a data set."""
+
+    @abstractmethod
+    def outputs(self, description: Description, name: str, case: Case) -> tuple[str, ...]:
+        """Paths of a case's files, in the order of `Case.makes`."""
+
+    @abstractmethod
+    def documents(self, description: Description, made: Sequence[Made]) -> dict[str, str]:
+        """Path to text of the descriptions; `made` is sorted by name."""
+
+
+class NnunetLayout(Layout):
+    """nnU-Net v2 raw data set: ``imagesTr/NAME_0000.nii.gz``, ``labelsTr/NAME.nii.gz``, ``dataset.json``."""
+
+    name = "nnunet"
+    may_refer = True
+
+    def check(self, description: Description) -> None:
+        if description.task != "segmentation":
+            raise UsageError(f"nnU-Net segments; this data set is for {description.task}. Use --format monai.")
+        has_regions = any(not isinstance(value, int) for value in description.labels.values())
+        if has_regions != (description.regions_class_order is not None):
+            raise UsageError("`regions_class_order` must be given exactly when `labels` holds regions.")
+        if next(iter(description.labels), None) != "background":
+            raise UsageError("nnU-Net needs `background` as the first label.")
+        # nnU-Net asks for consecutive integers; a gap would train a class that never occurs.
+        values = description.label_values or []
+        if values != list(range(len(values))):
+            raise UsageError(f"nnU-Net needs consecutive labels from 0, got {values}; map them in the source.")
+
+    def outputs(self, description: Description, name: str, case: Case) -> tuple[str, ...]:
+        part = "Ts" if case.split == "test" else "Tr"
+        ending = description.file_ending
+        images = tuple(f"images{part}/{name}_{i:04d}{ending}" for i in range(len(case.images)))
+        return images + ((f"labels{part}/{name}{ending}",) if case.label_map else ())
+
+    def documents(self, description: Description, made: Sequence[Made]) -> dict[str, str]:
+        training = [one for one in made if one.entry.case.split != "test"]
+        content: dict[str, Any] = {
+            "channel_names": {str(i): channel for i, channel in enumerate(description.channels)},
+            "labels": {
+                name: value if isinstance(value, int) else list(value) for name, value in description.labels.items()
+            },
+        }
+        if description.regions_class_order is not None:
+            content["regions_class_order"] = list(description.regions_class_order)
+        content |= {"numTraining": len(training), "file_ending": description.file_ending, "name": description.name}
+        content |= _provenance(description)
+        content |= description.extra
+        if any(one.files != one.entry.outputs for one in training):
+            content["dataset"] = {
+                one.entry.name: {"images": list(one.files[:-1]), "label": one.files[-1]} for one in training
+            }
+        documents = {"dataset.json": _json(content), "cases.csv": _cases_table(made)}
+        splits = _splits(training)
+        if splits:
+            documents["splits_final.json"] = _json(splits)
+        return documents
+
+
+class MonaiLayout(Layout):
+    """MONAI: ``images/NAME.nii.gz`` (or ``NAME_VIEW``), ``labels/NAME.nii.gz``, ``datalist.json``, ``cases.csv``."""
+
+    name = "monai"
+
+    def check(self, description: Description) -> None:
+        pass
+
+    def outputs(self, description: Description, name: str, case: Case) -> tuple[str, ...]:
+        ending = description.file_ending
+        if case.views:
+            images = tuple(f"images/{name}_{view}{ending}" for view in case.views)
+        elif len(case.images) == 1:
+            images = (f"images/{name}{ending}",)
+        else:
+            images = tuple(f"images/{name}_{i:04d}{ending}" for i in range(len(case.images)))
+        return images + ((f"labels/{name}{ending}",) if case.label_map else ())
+
+    def documents(self, description: Description, made: Sequence[Made]) -> dict[str, str]:
+        keys = {"train": "training", "val": "validation", "test": "testing"}
+        lists: dict[str, list[dict[str, Any]]] = {"training": []}
+        for one in made:
+            lists.setdefault(keys[one.entry.case.split or "train"], []).append(_datalist_entry(one))
+        content: dict[str, Any] = {
+            "name": description.name,
+            "description": description.text,
+            "labels": {str(k): v if isinstance(v, int) else list(v) for k, v in description.labels.items()},
+            "modality": {str(i): channel for i, channel in enumerate(description.channels)},
+            "numTraining": len(lists["training"]),
+            "numTest": len(lists.get("testing", [])),
+            **_provenance(description),
+            **description.extra,
+            **{key: lists[key] for key in ("training", "validation", "testing") if key in lists},
+        }
+        return {"datalist.json": _json(content), "cases.csv": _cases_table(made)}
+
+
+LAYOUTS: Mapping[str, Layout] = {"nnunet": NnunetLayout(), "monai": MonaiLayout()}
+
+
+def _datalist_entry(made: Made) -> dict[str, Any]:
+    # Auto3DSeg joins the data folder to every string and to every list, so nothing but paths may be one of these.
+    case, files = made.entry.case, list(made.files)
+    images = files[: len(case.images)]
+    entry: dict[str, Any] = {}
+    if case.views:
+        entry["image"] = images[0]
+        entry.update({f"image_{view}": path for view, path in zip(case.views[1:], images[1:], strict=True)})
+    else:
+        entry["image"] = images[0] if len(images) == 1 else images
+    if case.label_map:
+        entry["label"] = files[-1]
+    elif case.target is not None:
+        entry["label"] = case.target
+    if made.entry.fold is not None:
+        entry["fold"] = made.entry.fold
+    return entry
+
+
+def _splits(training: Sequence[Made]) -> list[dict[str, list[str]]]:
+    official = [one.entry.name for one in training if one.entry.case.split == "val"]
+    if official:
+        return [{"train": [one.entry.name for one in training if one.entry.case.split != "val"], "val": official}]
+    folds = sorted({one.entry.fold for one in training if one.entry.fold is not None})
+    return [
+        {
+            "train": [one.entry.name for one in training if one.entry.fold != fold],
+            "val": [one.entry.name for one in training if one.entry.fold == fold],
+        }
+        for fold in folds
+    ]
+
+
+def _provenance(description: Description) -> dict[str, str]:
+    found = {"description": description.text, "reference": description.reference, "licence": description.license}
+    return {key: value for key, value in found.items() if value} | {"converted_by": CONVERTED_BY}
+
+
+def _cases_table(made: Sequence[Made]) -> str:
+    columns = sorted({column for one in made for column in one.entry.case.meta})
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["case", "patient", "part", "fold", "target", *columns])
+    for one in made:
+        case = one.entry.case
+        target = "" if case.target is None else json.dumps(case.target)
+        fold = "" if one.entry.fold is None else one.entry.fold
+        row = [one.entry.name, one.entry.group, case.split or "train", fold, target]
+        writer.writerow([*row, *(case.meta.get(column, "") for column in columns)])
+    return text.getvalue()
+
+
+def _json(content: Any) -> str:
+    # Key order carries meaning for nnU-Net's regions, so keys are never sorted.
+    return json.dumps(content, indent=1, ensure_ascii=True, allow_nan=False) + "\n"

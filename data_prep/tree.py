@@ -1,0 +1,323 @@
+"""The input as the engine sees it: a sorted list of files, tables with counted rows, and cached header facts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from data_prep.errors import DatasetError, UsageError
+from data_prep.model import Json, Ref
+
+#: larger tables than this are not tables of a data set
+MAX_TABLE_BYTES = 1 << 30
+_JUNK_NAMES = {".ds_store", "thumbs.db", "desktop.ini", ".gitkeep", ".directory"}
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """Size and time of a file; when both stay the same, the content is taken to be the same."""
+
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One data row of a table.
+
+    Args:
+        ref: name of the row in the report.
+        values: column to cell, outer blanks and line breaks removed.
+    """
+
+    ref: Ref
+    values: Mapping[str, str]
+
+    def __getitem__(self, column: str) -> str:
+        return self.values[column]
+
+    def get(self, column: str, default: str = "") -> str:
+        return self.values.get(column, default)
+
+
+class Tree:
+    """All files below the input folders, sorted, with stamps.
+
+    Paths are strings relative to the input with forward slashes; with more than one input folder they start with
+    ``input1/``, ``input2/`` and so on. Links to folders are not followed and are reported.
+
+    Args:
+        roots: folders (or single files) to read.
+        index: SQLite file that caches header facts between runs; ``None`` keeps nothing.
+
+    Raises:
+        UsageError: a root does not exist.
+    """
+
+    def __init__(self, roots: Sequence[os.PathLike[str] | str], index: Path | None = None) -> None:
+        if not roots:
+            raise UsageError("no input folder was given; name at least one.")
+        self.roots = [Path(root).absolute() for root in roots]
+        for root in self.roots:
+            if not root.exists():
+                raise UsageError(f"the input {root} does not exist; check the path.")
+        self._stamps: dict[str, Stamp] = {}
+        self.linked_folders: list[str] = []
+        self.unreadable: list[str] = []
+        for number, root in enumerate(self.roots, 1):
+            self._walk(root, f"input{number}/" if len(self.roots) > 1 else "")
+        self._stamps = dict(sorted(self._stamps.items()))
+        self._tables: dict[str, list[Row]] = {}
+        self._cache = FactCache(index)
+
+    def _walk(self, root: Path, prefix: str) -> None:
+        if root.is_file():
+            self._add(prefix + root.name, root)
+            return
+        stack = [(str(root), prefix)]
+        while stack:
+            folder, before = stack.pop()
+            try:
+                entries = list(os.scandir(folder))
+            except OSError:
+                self.unreadable.append(before.rstrip("/") or ".")
+                continue
+            for entry in entries:
+                name = before + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    stack.append((entry.path, name + "/"))
+                elif entry.is_symlink() and entry.is_dir():
+                    self.linked_folders.append(name)
+                else:
+                    self._add(name, entry)
+
+    def _add(self, name: str, entry: os.DirEntry[str] | Path) -> None:
+        try:
+            status = entry.stat()
+            self._stamps[name] = Stamp(status.st_size, status.st_mtime_ns)
+        except OSError:
+            self.unreadable.append(name)
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._stamps
+
+    def __len__(self) -> int:
+        return len(self._stamps)
+
+    @property
+    def files(self) -> list[str]:
+        """Every file, sorted, junk included."""
+        return list(self._stamps)
+
+    def stamp(self, path: str) -> Stamp:
+        return self._stamps[path]
+
+    def absolute(self, path: str) -> Path:
+        """Where the tree path `path` lies on disk.
+
+        Raises:
+            KeyError: `path` is not a file of this tree; paths read from files are thereby never followed outside.
+        """
+        if path not in self._stamps:
+            raise KeyError(path)
+        if len(self.roots) == 1:
+            root, rest = self.roots[0], path
+        else:
+            head, rest = path.split("/", 1)
+            root = self.roots[int(head.removeprefix("input")) - 1]
+        return root if root.is_file() else root.joinpath(*PurePosixPath(rest).parts)
+
+    def match(self, *patterns: str) -> list[str]:
+        """Files that are not junk and match one of the patterns.
+
+        Args:
+            patterns: globs against the whole tree path, where ``*`` stops at a slash and ``**/`` is any folder or
+                none, as in `pathlib`; case matters.
+        """
+        expressions = [_compile(pattern) for pattern in patterns]
+        return [path for path in self._stamps if not is_junk(path) and any(e.fullmatch(path) for e in expressions)]
+
+    def one(self, *patterns: str, what: str) -> str:
+        """The only match of `patterns`.
+
+        Raises:
+            UsageError: none or several match; `what` says in the message what was looked for.
+        """
+        found = self.match(*patterns)
+        if len(found) != 1:
+            raise UsageError(
+                f"expected exactly one {what} ({' or '.join(patterns)}) in the input, found {len(found)}; "
+                + ("check that the input is the unpacked download." if not found else "remove all but one.")
+            )
+        return found[0]
+
+    def read_bytes(self, path: str, limit: int = MAX_TABLE_BYTES) -> bytes:
+        """Content of a small file.
+
+        Raises:
+            DatasetError: larger than `limit` or unreadable.
+        """
+        if self.stamp(path).size > limit:
+            raise DatasetError(f"{PurePosixPath(path).name} has {self.stamp(path).size} bytes, more than {limit}.")
+        try:
+            return self.absolute(path).read_bytes()
+        except OSError as error:
+            raise DatasetError(f"{PurePosixPath(path).name} cannot be read: {error.strerror}.") from error
+
+    def json(self, path: str) -> Json:
+        """Parsed JSON file.
+
+        Raises:
+            DatasetError: not valid JSON in UTF-8.
+        """
+        try:
+            return json.loads(self.read_bytes(path).decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise DatasetError(f"{PurePosixPath(path).name} is not valid JSON.") from error
+
+    def table(
+        self,
+        path: str,
+        *,
+        columns: Sequence[str] | None = None,
+        required: Sequence[str] = (),
+        delimiter: str = ",",
+    ) -> list[Row]:
+        """Rows of a CSV file; every row must get a verdict (a case's `refs`, or `Book.skip`, or `Book.fail`).
+
+        Cells lose outer blanks and line breaks, header names lose outer blanks; quoted line breaks are understood.
+
+        Args:
+            path: tree path of the file.
+            columns: column names for a file *without* a header row.
+            required: columns that must be there.
+            delimiter: of the cells.
+
+        Raises:
+            DatasetError: not UTF-8 or Latin-1 text, a required column is missing, or a header name occurs twice.
+        """
+        name = PurePosixPath(path).name
+        data = self.read_bytes(path)
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = data.decode("latin-1")
+        if "\0" in text:
+            raise DatasetError(f"{name} is not a text table: it holds NUL bytes.")
+        rows: list[Row] = []
+        try:
+            reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+            header = list(columns) if columns is not None else [cell.strip() for cell in next(reader, [])]
+            if len(set(header)) != len(header):
+                raise DatasetError(f"{name} has a column name that occurs twice.")
+            missing = [column for column in required if column not in header]
+            if missing:
+                raise DatasetError(f"{name} lacks the columns {missing}; it has {header}.")
+            for cells in reader:
+                if not any(cell.strip() for cell in cells):
+                    continue
+                values = dict(zip(header, (" ".join(cell.split()) for cell in cells), strict=False))
+                rows.append(Row(Ref(path, "row", str(len(rows) + 1)), values))
+        except csv.Error as error:
+            raise DatasetError(f"{name} is not a valid table: {error}.") from error
+        self._tables[path] = rows
+        return rows
+
+    @property
+    def expected(self) -> Iterator[Ref]:
+        """Every input that needs a verdict: all files, linked folders, and rows of the tables that were read."""
+        for path in self._stamps:
+            yield Ref(path)
+        for path in sorted({*self.linked_folders, *self.unreadable} - self._stamps.keys()):
+            yield Ref(path)
+        for path in sorted(self._tables):
+            for row in self._tables[path]:
+                yield row.ref
+
+    def facts(self, path: str, version: str, read: Callable[[Path], Json]) -> Json:
+        """``read(absolute path)``, kept between runs as long as the file's stamp and `version` stay the same.
+
+        The value must be JSON and hold nothing that identifies a person: it is written to the index.
+        """
+        return self._cache.get(path, self.stamp(path), version, lambda: read(self.absolute(path)))
+
+    def close(self) -> None:
+        self._cache.close()
+
+
+class FactCache:
+    """Header facts by path, stamp and version, in SQLite; a damaged cache is thrown away, not trusted."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._pending = 0
+        try:
+            self._db = self._open()
+        except sqlite3.DatabaseError:
+            assert path is not None
+            path.unlink(missing_ok=True)
+            self._db = self._open()
+
+    def _open(self) -> sqlite3.Connection:
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(":memory:" if self._path is None else self._path, isolation_level="DEFERRED")
+        db.execute("CREATE TABLE IF NOT EXISTS facts (path TEXT PRIMARY KEY, stamp TEXT, value TEXT)")
+        return db
+
+    def get(self, path: str, stamp: Stamp, version: str, read: Callable[[], Json]) -> Json:
+        mark = f"{stamp.size}:{stamp.mtime_ns}:{version}"
+        found = self._db.execute("SELECT stamp, value FROM facts WHERE path = ?", (path,)).fetchone()
+        if found and found[0] == mark:
+            return json.loads(found[1])
+        value = read()
+        self.put(path, mark, value)
+        return value
+
+    def put(self, path: str, mark: str, value: Json) -> None:
+        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", (path, mark, json.dumps(value)))
+        self._pending += 1
+        if self._pending >= 5000:
+            self._db.commit()
+            self._pending = 0
+
+    def close(self) -> None:
+        self._db.commit()
+        self._db.close()
+
+
+def is_junk(path: str) -> bool:
+    """Whether a file is litter of an operating system: AppleDouble, ``.DS_Store``, ``__MACOSX`` and the like."""
+    parts = path.split("/")
+    name = parts[-1].lower()
+    return name.startswith("._") or name in _JUNK_NAMES or "__MACOSX" in parts
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    out = []
+    position = 0
+    while position < len(pattern):
+        if pattern.startswith("**/", position):
+            out.append("(?:[^/]+/)*")
+            position += 3
+        elif pattern[position] == "*":
+            out.append("[^/]*")
+            position += 1
+        elif pattern[position] == "?":
+            out.append("[^/]")
+            position += 1
+        elif pattern[position] == "[" and "]" in pattern[position:]:
+            end = pattern.index("]", position)
+            out.append(pattern[position : end + 1])
+            position = end + 1
+        else:
+            out.append(re.escape(pattern[position]))
+            position += 1
+    return re.compile("".join(out))
