@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from monai_mamba.layers.convolution import convolution, normalization
 from monai_mamba.layers.mamba import MambaMixer
 
-MIXERS = ("mamba", "none")
+MIXERS = ("mamba", "single", "none")
 
 
 def siamese_scan(mixer: MambaMixer, tokens: Tensor) -> Tensor:
@@ -40,7 +40,9 @@ class MambaLayer(nn.Module):
         channels: channels of the map.
         d_state, d_conv, expand: of the :class:`MambaMixer`.
         siamese: four scans (segmentation, landmarks) or one (classification).
-        mixer: ``"none"`` leaves the scan out and keeps the convolutions, to measure what the scan is worth.
+        mixer: ``"mamba"``; ``"single"``, the layer of the authors' nnU-Net v1 fork, which ends after a single scan,
+            without addition and second convolution; or ``"none"``, which leaves the scan out and keeps the
+            convolutions, to measure what the scan is worth.
         norm: ``"batch"`` (published) or ``"instance"``.
 
     Shape:
@@ -65,17 +67,22 @@ class MambaLayer(nn.Module):
         super().__init__()
         if mixer not in MIXERS:
             raise ValueError(f"`mixer` must be one of {', '.join(map(repr, MIXERS))}, got {mixer!r}")
-        self.siamese = siamese
+        self.siamese = siamese and mixer == "mamba"
+        self.is_bare = mixer == "single"
         self.proj_in = convolution(spatial_dims, channels, channels, 1, bias=False)
         self.norm_in = normalization(norm, spatial_dims, channels)
-        self.proj_out = convolution(spatial_dims, channels, channels, 1, bias=False)
-        self.norm_out = normalization(norm, spatial_dims, channels)
-        self.mamba = MambaMixer(channels, d_state, d_conv, expand) if mixer == "mamba" else None
+        if not self.is_bare:
+            self.proj_out = convolution(spatial_dims, channels, channels, 1, bias=False)
+            self.norm_out = normalization(norm, spatial_dims, channels)
+        self.mamba = MambaMixer(channels, d_state, d_conv, expand) if mixer != "none" else None
 
     def forward(self, x: Tensor) -> Tensor:
         a = F.relu(self.norm_in(self.proj_in(x)))
         if self.mamba is not None:
             tokens = a.flatten(2).transpose(1, 2)  # (B, L, C)
             mixed = siamese_scan(self.mamba, tokens) if self.siamese else self.mamba(tokens)
-            a = a + mixed.transpose(1, 2).reshape(a.shape)
+            mixed = mixed.transpose(1, 2).reshape(a.shape)
+            if self.is_bare:
+                return mixed
+            a = a + mixed
         return F.relu(self.norm_out(self.proj_out(a)))

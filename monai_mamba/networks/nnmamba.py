@@ -41,6 +41,7 @@ PUBLISHED_KEYS: tuple[tuple[str, str], ...] = (
     (r"^conv6\.", "decoder.blocks.1."),
     (r"^conv7\.", "decoder.blocks.2."),
     (r"^conv8\.", "decoder.seg_layers.0."),
+    (r"^ds([123])_cls_conv\.", r"decoder.seg_layers.\1."),
     (r"^(encoder\.stem|decoder\.\w+\.\d+)\.conv\.0\.", r"\1.conv1."),
     (r"^(encoder\.stem|decoder\.\w+\.\d+)\.conv\.1\.", r"\1.norm1."),
     (r"^(encoder\.stem|decoder\.\w+\.\d+)\.conv\.3\.", r"\1.conv2."),
@@ -232,7 +233,8 @@ class NNMambaSeg(nn.Module):
         out_channels: classes, background included.
         init_filters: width at half resolution; at least 16. It doubles with every halving of the resolution.
         num_blocks: residual blocks per stage; all but the first share the stage's Mamba layer.
-        mixer: ``"mamba"``, or ``"none"`` for the same network without scans.
+        mixer: ``"mamba"``; ``"single"`` for the network of the authors' nnU-Net v1 fork, see
+            :class:`~monai_mamba.layers.siamese.MambaLayer`; ``"none"`` for the same network without scans.
         head: ``"double_conv"`` (published), or ``"conv1x1"``: two convolutions at full resolution to half the width
             and a 1x1 convolution to the classes, with logits of either sign.
         norm: ``"batch"`` (published) or ``"instance"``.

@@ -37,8 +37,9 @@ class Layout:
         published_keys: names of the published state dict in its order, given the arguments.
         stem: name (ours) of the first convolution's weight.
         head: pattern of the names (ours) that depend on the number of classes.
+        detachable: pattern of the names (ours) for which a larger network, of which this one is a part, has no place.
         optional: pattern of the names (ours) that a file may lack.
-        part: class of the part of a larger network for which such a file is meant; the network itself if None.
+        part: classes of parts of larger networks for which such a file is meant too.
         variant: published name and file of a set of arguments, empty if it is none of the published ones.
     """
 
@@ -51,8 +52,9 @@ class Layout:
     published_keys: Callable[[Mapping[str, Any]], list[str]]
     stem: str
     head: str
+    detachable: str = ""
     optional: str = r".*\.num_batches_tracked$"  # files of PyTorch before 0.4.1 have none
-    part: Callable[[], type[nn.Module]] | None = None
+    part: Callable[[], tuple[type[nn.Module], ...]] = lambda: ()
     variant: Callable[[Mapping[str, Any]], str] = lambda arguments: ""
 
     def describe(self, arguments: Mapping[str, Any]) -> str:
@@ -120,15 +122,16 @@ def _double_conv(prefix: str) -> Iterator[str]:
 # nnMamba
 
 
-def _mamba_layer(prefix: str) -> Iterator[str]:
+def _mamba_layer(prefix: str, mixer: str) -> Iterator[str]:
     yield f"{prefix}.nin.weight"
-    yield f"{prefix}.nin2.weight"
-    yield from _batch_norm(f"{prefix}.norm2")
+    if mixer != "single":
+        yield f"{prefix}.nin2.weight"
+        yield from _batch_norm(f"{prefix}.norm2")
     yield from _batch_norm(f"{prefix}.norm")
     yield from _mamba(f"{prefix}.mamba")
 
 
-def _residual_stage(prefix: str, num_blocks: int, with_mixer: bool) -> Iterator[str]:
+def _residual_stage(prefix: str, num_blocks: int, mixer: str | None) -> Iterator[str]:
     for i in range(num_blocks):
         for j in (1, 2):
             yield f"{prefix}.{i}.conv{j}.weight"
@@ -136,23 +139,45 @@ def _residual_stage(prefix: str, num_blocks: int, with_mixer: bool) -> Iterator[
         if i == 0:
             yield f"{prefix}.{i}.downsample.0.weight"
             yield from _batch_norm(f"{prefix}.{i}.downsample.1")
-        elif with_mixer:
-            yield from _mamba_layer(f"{prefix}.{i}.mamba_layer")
+        elif mixer is not None:
+            yield from _mamba_layer(f"{prefix}.{i}.mamba_layer", mixer)
 
 
 def _nnmamba_encoder_arguments(shapes: Shapes) -> dict[str, Any]:
     stem = shape_of(shapes, "encoder.stem.conv1.weight", 4)
-    return {
+    arguments: dict[str, Any] = {
         "spatial_dims": len(stem) - 2,
         "in_channels": stem[1],
         "init_filters": stem[0],
         "num_blocks": count(shapes, r"encoder\.stages\.0\.blocks\.(\d+)\."),
     }
+    mixers = r"encoder\.(stages\.0\.|stem_)mixer\."
+    if has(shapes.keys(), mixers):
+        if not has(shapes.keys(), mixers + r"mamba\."):
+            arguments["mixer"] = "none"
+        elif not has(shapes.keys(), mixers + r"proj_out\."):
+            arguments["mixer"] = "single"
+    if "encoder.stem.norm1.running_mean" not in shapes:
+        arguments["norm"] = "instance"
+    return arguments
 
 
 def _nnmamba_seg_arguments(shapes: Shapes) -> dict[str, Any]:
-    out = shape_of(shapes, "decoder.seg_layers.0.conv1.weight", 4)
-    return {**_nnmamba_encoder_arguments(shapes), "out_channels": out[0]}
+    arguments = _nnmamba_encoder_arguments(shapes)
+    if "decoder.full_resolution.conv1.weight" in shapes:
+        arguments["head"] = "conv1x1"
+        arguments["out_channels"] = shape_of(shapes, "decoder.seg_layers.0.weight", 4)[0]
+    else:
+        arguments["out_channels"] = shape_of(shapes, "decoder.seg_layers.0.conv1.weight", 4)[0]
+    if "decoder.seg_layers.1.weight" in shapes:
+        arguments["deep_supervision"] = True
+    return arguments
+
+
+def _nnmamba_landmark_arguments(shapes: Shapes) -> dict[str, Any]:
+    arguments = _nnmamba_seg_arguments(shapes)
+    arguments["num_landmarks"] = arguments.pop("out_channels")
+    return arguments
 
 
 def _nnmamba_seg_keys(arguments: Mapping[str, Any]) -> list[str]:
@@ -161,9 +186,33 @@ def _nnmamba_seg_keys(arguments: Mapping[str, Any]) -> list[str]:
         for i in (1, 2, 3):
             yield from _norm(f"att{i}.layer1")
             yield from _norm(f"att{i}.layer2")
-            yield from _residual_stage(f"layer{i}", arguments["num_blocks"], True)
+            yield from _residual_stage(f"layer{i}", arguments["num_blocks"], arguments.get("mixer", "mamba"))
         for i in (5, 6, 7, 8):
             yield from _double_conv(f"conv{i}")
+        if arguments.get("deep_supervision") and arguments.get("mixer") == "single":
+            for i in (1, 2, 3):
+                yield from _norm(f"ds{i}_cls_conv")
+
+    return list(keys())
+
+
+def _nnmamba_cls_arguments(shapes: Shapes) -> dict[str, Any]:
+    arguments = _nnmamba_encoder_arguments(shapes)
+    arguments["num_classes"] = shape_of(shapes, "head.3.weight", 2)[0]
+    arguments["sequential_head"] = has(shapes.keys(), r"sequential_head\.")
+    return arguments
+
+
+def _nnmamba_cls_keys(arguments: Mapping[str, Any]) -> list[str]:
+    def keys() -> Iterator[str]:
+        yield from _double_conv("in_conv")
+        yield from _mamba_layer("mamba_layer_stem", "mamba")
+        for i in (1, 2, 3):
+            yield from _residual_stage(f"layer{i}", arguments["num_blocks"], None)
+        if arguments["sequential_head"]:
+            yield from _mamba("mamba_seq.mamba")
+        yield from _norm("mlp.0")
+        yield from _norm("mlp.3")
 
     return list(keys())
 
@@ -178,6 +227,18 @@ def _nnmamba_seg() -> type[nn.Module]:
     from monai_mamba.networks.nnmamba import NNMambaSeg
 
     return NNMambaSeg
+
+
+def _nnmamba_landmark() -> type[nn.Module]:
+    from monai_mamba.networks.nnmamba import NNMambaLandmark
+
+    return NNMambaLandmark
+
+
+def _nnmamba_classifier() -> type[nn.Module]:
+    from monai_mamba.networks.nnmamba import NNMambaClassifier
+
+    return NNMambaClassifier
 
 
 # MedMamba
@@ -197,14 +258,17 @@ def _medmamba_arguments(shapes: Shapes) -> dict[str, Any]:
     if num_stages == 0 or min(depths) == 0:
         raise LayoutError(f"its stages have {depths} blocks")
     norm = shape_of(shapes, "layers.0.blocks.0.norm.weight", 1)[0]
-    arguments = {
+    arguments: dict[str, Any] = {
         "in_channels": stem[1],
         "num_classes": shapes["head.weight"][0] if "head.weight" in shapes else 0,
         "depths": depths,
         "dims": tuple(stem[0] * 2**i for i in range(num_stages)),
         "patch_size": stem[2],
-        "d_state": shape_of(shapes, "layers.0.blocks.0.op.A_logs", 2)[1],
     }
+    if has(shapes.keys(), r"layers\.\d+\.blocks\.\d+\.op\.(A_logs|x_proj_weight)"):
+        arguments["d_state"] = shape_of(shapes, "layers.0.blocks.0.op.A_logs", 2)[1]
+    else:
+        arguments["mixer"] = "none"
     # The ablations of the paper's table 7; whether channels are shuffled leaves no trace in the file.
     if norm == stem[0]:
         arguments["channel_split"] = False
@@ -339,15 +403,15 @@ def _vmamba_keys(arguments: Mapping[str, Any]) -> list[str]:
 
 #: (stem, blocks of the third stage, width, inner width over width) to the name and the entry of the catalogue.
 _VMAMBA_VARIANTS = {
-    ("overlap", 8, 96, 1.0): ("VMamba-T s1l8", "vmamba_tiny_s1l8"),
-    ("overlap", 5, 96, 2.0): ("VMamba-T s2l5", "vmamba_tiny_s2l5"),
-    ("overlap", 15, 96, 2.0): ("VMamba-S s2l15", "vmamba_small_s2l15"),
-    ("overlap", 20, 96, 1.0): ("VMamba-S s1l20", "vmamba_small_s1l20"),
-    ("overlap", 15, 128, 2.0): ("VMamba-B s2l15", "vmamba_base_s2l15"),
-    ("overlap", 20, 128, 1.0): ("VMamba-B s1l20", "vmamba_base_s1l20"),
-    ("patch", 9, 96, 2.0): ("VMamba-T", "vmamba_tiny_v0"),
-    ("patch", 27, 96, 2.0): ("VMamba-S", "vmamba_small_v0"),
-    ("patch", 27, 128, 2.0): ("VMamba-B", "vmamba_base_v0"),
+    ("overlap", 8, 96, 1.0): ("VMamba-T s1l8", "vmamba_t"),
+    ("overlap", 5, 96, 2.0): ("VMamba-T s2l5", "vmamba_t_s2l5"),
+    ("overlap", 15, 96, 2.0): ("VMamba-S s2l15", "vmamba_s"),
+    ("overlap", 20, 96, 1.0): ("VMamba-S s1l20", "vmamba_s_s1l20"),
+    ("overlap", 15, 128, 2.0): ("VMamba-B s2l15", "vmamba_b"),
+    ("overlap", 20, 128, 1.0): ("VMamba-B s1l20", "vmamba_b_s1l20"),
+    ("patch", 9, 96, 2.0): ("VMamba-T", "vmamba_v0_t"),
+    ("patch", 27, 96, 2.0): ("VMamba-S", "vmamba_v0_s"),
+    ("patch", 27, 128, 2.0): ("VMamba-B", "vmamba_v0_b"),
 }
 
 
@@ -382,10 +446,10 @@ def _vmamba_backbone() -> type[nn.Module]:
     return VMambaBackbone
 
 
-def _vmamba_encoder() -> type[nn.Module]:
+def _vmamba_encoder() -> tuple[type[nn.Module], ...]:
     from monai_mamba.networks.vmamba import VMambaEncoder
 
-    return VMambaEncoder
+    return (VMambaEncoder,)
 
 
 # XFMamba
@@ -440,6 +504,12 @@ def _xfmamba_renames() -> Sequence[tuple[str, str]]:
     return PUBLISHED_KEYS
 
 
+def _two_view_encoder() -> tuple[type[nn.Module], ...]:
+    from monai_mamba.networks.segmentation import TwoViewEncoder
+
+    return (TwoViewEncoder,)
+
+
 def _xfmamba() -> type[nn.Module]:
     from monai_mamba.networks.xfmamba import XFMamba
 
@@ -459,6 +529,28 @@ LAYOUTS: tuple[Layout, ...] = (
         head=r"decoder\.seg_layers\.",
     ),
     Layout(
+        "nnmamba_landmark",
+        "nnMamba landmark detection",
+        lambda keys: has(keys, r"encoder\.stages\.") and has(keys, r"decoder\.seg_layers\.0\."),
+        _nnmamba_renames,
+        _nnmamba_landmark,
+        _nnmamba_landmark_arguments,
+        _nnmamba_seg_keys,
+        stem="encoder.stem.conv1.weight",
+        head=r"decoder\.seg_layers\.",
+    ),
+    Layout(
+        "nnmamba_cls",
+        "nnMamba classification",
+        lambda keys: has(keys, r"encoder\.stem_mixer\."),
+        _nnmamba_renames,
+        _nnmamba_classifier,
+        _nnmamba_cls_arguments,
+        _nnmamba_cls_keys,
+        stem="encoder.stem.conv1.weight",
+        head=r"head\.3\.",
+    ),
+    Layout(
         "medmamba",
         "MedMamba",
         _is_medmamba,
@@ -468,6 +560,7 @@ LAYOUTS: tuple[Layout, ...] = (
         _medmamba_keys,
         stem="patch_embed.proj.weight",
         head=r"head\.",
+        detachable=r"head\.",
     ),
     Layout(
         "xfmamba",
@@ -479,6 +572,8 @@ LAYOUTS: tuple[Layout, ...] = (
         _xfmamba_keys,
         stem="backbone.patch_embed.0.weight",
         head=r"head\.",
+        detachable=r"(head|final_conv)\.",
+        part=_two_view_encoder,
     ),
     Layout(
         "vmamba_backbone",
@@ -489,7 +584,8 @@ LAYOUTS: tuple[Layout, ...] = (
         _vmamba_backbone_arguments,
         _vmamba_backbone_keys,
         stem="patch_embed.0.weight",
-        head=r"classifier\.",
+        head=r"classifier\.head\.",
+        detachable=r"classifier\.",
         optional=r"outnorm\d\.(weight|bias)$",
         part=_vmamba_encoder,
         variant=_vmamba_variant,
@@ -503,7 +599,8 @@ LAYOUTS: tuple[Layout, ...] = (
         _vmamba_arguments,
         _vmamba_keys,
         stem="patch_embed.0.weight",
-        head=r"classifier\.",
+        head=r"classifier\.head\.",
+        detachable=r"classifier\.",
         optional=r"outnorm\d\.(weight|bias)$",
         part=_vmamba_encoder,
         variant=_vmamba_variant,

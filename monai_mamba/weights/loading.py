@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_mamba.errors import CheckpointError
-from monai_mamba.weights.io import Limits, TensorSpec, WeightFile, is_finite
+from monai_mamba.weights.io import STATE_DICT_NAMES, Limits, TensorSpec, WeightFile, is_finite
 from monai_mamba.weights.layouts import LAYOUTS, Layout, LayoutError
 from monai_mamba.weights.report import KeyRecord, LoadReport
 
@@ -72,7 +72,7 @@ def _open(source: Source, weights: str | None, limits: Limits | None) -> _Weight
         tensors = tensors.get(weights, {})
         if not isinstance(tensors, Mapping):
             raise CheckpointError(f"there is no state dict under {weights!r}", "state dict")
-    elif nested := [n for n in ("state_dict", "model", "model_state_dict") if isinstance(tensors.get(n), Mapping)]:
+    elif nested := [name for name in STATE_DICT_NAMES if isinstance(tensors.get(name), Mapping)]:
         tensors = dict(tensors[nested[0]])
     wrong = [key for key, value in tensors.items() if not isinstance(value, Tensor)]
     if wrong or not tensors:
@@ -160,6 +160,7 @@ def _make_plan(
     prefix: str = "",
     stem: str = "",
     head: str = "",
+    detachable: str = "",
     optional: str = "",
     title: str = "",
     strict: bool = True,
@@ -177,9 +178,11 @@ def _make_plan(
         plan.records.append(KeyRecord("ignored", key, None, reason))
     for key, name in names.items():
         spec, own = weights.specs[key], part.get(name)
-        if is_head(name) and (reset_head or own is None):
-            reason = "the head is not loaded, as asked" if reset_head else "this network has no such head"
-            plan.records.append(KeyRecord("ignored", key, None, reason))
+        if reset_head and is_head(name):
+            plan.records.append(KeyRecord("ignored", key, None, "the head is not loaded, as asked"))
+            continue
+        if own is None and detachable and re.match(detachable, name):
+            plan.records.append(KeyRecord("ignored", key, None, "this network has no place for it"))
             continue
         if own is None:
             plan.records.append(KeyRecord("ignored", key, None, "unknown to the network"))
@@ -331,7 +334,7 @@ def from_published(
         return_report: return the network and the :class:`~monai_mamba.weights.report.LoadReport`.
 
     Returns:
-        The network on the CPU, in eval mode.
+        The network on the CPU, in eval mode; deep supervision is switched off if it has the heads.
 
     Raises:
         CheckpointError: if the file is damaged, unsafe, of an unknown layout, or does not hold exactly the tensors of
@@ -355,6 +358,8 @@ def from_published(
         network = found.layout.build(found.arguments)
     _carry_out(opened, plan, network.state_dict(keep_vars=True))
     network.eval()
+    if found.arguments.get("deep_supervision"):
+        network.decoder.deep_supervision = False  # type: ignore[union-attr]
     report = LoadReport(found.title, found.arguments, opened.label, plan.records)
     return (network, report) if return_report else network
 
@@ -402,7 +407,7 @@ def load_pretrained(
         "adapt_in_channels": adapt_in_channels,
         "reset_head": reset_head,
     }
-    own_layout = next((entry for entry in LAYOUTS if isinstance(model, entry.network())), None)
+    own_layout = layout_of(model)
     if set(stripped.values()) == set(target):
         # Saved from such a network.
         if own_layout is not None:
@@ -421,6 +426,7 @@ def load_pretrained(
         prefix=prefix,
         stem=found.layout.stem,
         head=found.layout.head,
+        detachable=found.layout.detachable,
         optional=found.layout.optional,
         title=found.layout.title,
     )
@@ -434,8 +440,8 @@ def load_pretrained(
 
 def _find_part(model: nn.Module, found: Recognized, opened: _Weights) -> tuple[str, dict[str, Any] | None]:
     """Return the name prefix of the network or of its part that the file is for, and that part's arguments."""
-    cls = (found.layout.part or found.layout.network)()
-    parts = [name for name, module in model.named_modules() if isinstance(module, cls)]
+    classes = (found.layout.network(), *found.layout.part())
+    parts = [name for name, module in model.named_modules() if isinstance(module, classes)]
     outer = [name for name in parts if not any(name != other and name.startswith(other) for other in parts)]
     if len(outer) != 1:
         raise opened.refuse(
@@ -462,6 +468,12 @@ def _introduction(found: Recognized, needed: dict[str, Any] | None) -> str:
     return f"{text}; it does not fit"
 
 
+def layout_of(model: nn.Module) -> Layout | None:
+    """Return the published layout of a network, None if there is none."""
+    exact = (entry for entry in LAYOUTS if type(model) is entry.network())
+    return next(exact, None) or next((entry for entry in LAYOUTS if isinstance(model, entry.network())), None)
+
+
 def to_published(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights of a network under the published names, in the published order.
 
@@ -473,7 +485,7 @@ def to_published(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: if the network has no published layout or parts that the published one does not have.
     """
-    layout = next((entry for entry in LAYOUTS if isinstance(model, entry.network())), None)
+    layout = layout_of(model)
     if layout is None:
         raise ValueError(f"`model` is a {type(model).__name__}, for which there is no published layout")
     state = model.state_dict()
