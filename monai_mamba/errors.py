@@ -37,3 +37,7 @@ class ExportError(MonaiMambaError, RuntimeError):
 
 class DatasetError(MonaiMambaError):
     """A data set is incomplete or contradicts itself; the text names the file and the reason."""
+
+
+class RunError(MonaiMambaError):
+    """A run of several steps cannot go on; the text names the step, the reason and where the log is."""

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from monai_mamba import __version__
-from monai_mamba.cli import doctor, nnunet, summary
+from monai_mamba.cli import doctor, nnunet, quickstart, summary
 from monai_mamba.errors import MonaiMambaError
 
 EXIT_DONE = 0
@@ -34,6 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.command("quickstart")(quickstart.quickstart)
 app.command("doctor")(doctor.doctor)
 app.command("summary")(summary.summary)
 app.add_typer(nnunet.app, name="nnunet")

@@ -21,6 +21,12 @@ def train(
     context: typer.Context,
     epochs: Annotated[int | None, typer.Option(help="Number of epochs instead of the trainer's.", min=1)] = None,
     iterations: Annotated[int | None, typer.Option(help="Iterations per epoch.", min=1)] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of weights, sampling and augmentation (all of it only with nnUNet_n_proc_DA=0).", min=0
+        ),
+    ] = None,
 ) -> None:
     import os
 
@@ -34,6 +40,8 @@ def train(
     for variable, value in ((EPOCHS_VARIABLE, epochs), (ITERATIONS_VARIABLE, iterations)):
         if value is not None:
             os.environ[variable] = str(value)
+    if seed is not None:
+        _seed_everything(seed)
     sys.argv = ["nnUNetv2_train", *context.args]
     run_training_entry()
 
@@ -60,3 +68,15 @@ def predict_from_modelfolder(context: typer.Context) -> None:
 
     sys.argv = ["nnUNetv2_predict_from_modelfolder", *context.args]
     predict_entry_point_modelfolder()
+
+
+def _seed_everything(seed: int) -> None:
+    """nnU-Net draws from the global generators of all three; it has no seed of its own."""
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
