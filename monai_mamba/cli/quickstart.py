@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -40,22 +45,11 @@ def quickstart(
     nnU-Net plans, preprocesses and trains; cases it has never seen are predicted and scored; report.html and
     metrics.json show the result. Ctrl-C at any moment leaves a run that the same command continues.
     """
-    import signal
-    import sys
-    import types
-
     from monai_mamba.quickstart.pipeline import run_quickstart
     from monai_mamba.quickstart.progress import RunProgress
 
-    def interrupt(number: int, frame: types.FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    # A closed terminal or a scheduler's end ends nnU-Net and its workers too, and leaves a run that can be resumed.
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), interrupt)
     try:
-        with RunProgress() as progress:
+        with _ends_like_ctrl_c(), RunProgress() as progress:
             result = run_quickstart(output, progress, dataset, trainer, epochs, seed, device.value)
     except KeyboardInterrupt:
         sys.stdout.flush()
@@ -67,3 +61,22 @@ def quickstart(
         f"This run made {result.num_iterations:,} iterations. A training of nnU-Net's own length makes 250,000 "
         "in each of five folds and needs a GPU: the report has the commands."
     )
+
+
+@contextmanager
+def _ends_like_ctrl_c() -> Iterator[None]:
+    """Let a closed terminal or a scheduler's SIGTERM end the run as Ctrl-C does: nnU-Net with its workers too."""
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # Whoever started us with a signal ignored, as nohup does with SIGHUP, meant it.
+    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
