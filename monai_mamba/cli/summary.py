@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from monai_mamba.cli.parsing import parse_argument, parse_shape
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,8 +46,8 @@ def summary(
         return
     try:
         entry = model_entry(name)
-        arguments = dict(_parse_argument(text) for text in argument or [])
-        shape = _parse_shape(input_shape) if input_shape else _default_shape(entry, arguments)
+        arguments = dict(parse_argument(text) for text in argument or [])
+        shape = parse_shape(input_shape) if input_shape else _default_shape(entry, arguments)
         with torch.device("meta"):
             network = create_model(name, **arguments)
         parts = summarize(network, shape, depth=depth)
@@ -56,26 +57,6 @@ def summary(
         typer.echo(json.dumps(_as_json(entry, arguments, shape, parts), indent=2))
     else:
         _print_summary(entry, shape, parts)
-
-
-def _parse_shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(size) for size in text.lower().replace(",", "x").split("x"))
-    except ValueError:
-        raise ValueError(f"`--input` must be sizes joined by x, e.g. 1x3x224x224, got {text!r}") from None
-    if not shape or min(shape) < 1:
-        raise ValueError(f"`--input` must have sizes of at least 1, got {text!r}")
-    return shape
-
-
-def _parse_argument(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ValueError(f"`--argument` must be NAME=VALUE, e.g. num_classes=6, got {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return name, value  # a word, e.g. mixer=none
 
 
 def _default_shape(entry: ModelEntry, arguments: dict[str, Any]) -> tuple[int, ...]:
