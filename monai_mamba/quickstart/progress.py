@@ -16,9 +16,9 @@ class RunProgress:
         self._live = self.console.is_terminal
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(compact=True),
             console=self.console,
@@ -50,7 +50,7 @@ class RunProgress:
     def update(self, completed: int, total: int | None = None, note: str = "") -> None:
         """Tell that ``completed`` of ``total`` parts are done."""
         if self._task is not None:
-            self._bar.update(self._task, completed=completed, total=total, note=note)
+            self._bar.update(self._task, completed=completed, total=total, note=note, refresh=True)
         line = f"  {self._name}: {completed}{f'/{total}' if total else ''} {note}".rstrip()
         if not self._live and note and line != self._last_line:
             self.say(line)
