@@ -97,6 +97,7 @@ def _start(args, **kwargs):
     )  # fmt: skip
 
 
+@pytest.mark.timeout(1200)  # a minute or two of work, most of it imports; much longer on a busy machine
 def test_quickstart_from_data_to_report_interrupted_and_resumed(make_decathlon, tmp_path):
     data = make_decathlon(num_cases=7, shape=(24, 24, 24))
     held_out = data.names[-2:]
@@ -122,7 +123,7 @@ def test_quickstart_from_data_to_report_interrupted_and_resumed(make_decathlon, 
     assert set(state["steps"]) == {"data", "plan"}
 
     with _start(["--output", str(output)]) as second:
-        out, _ = second.communicate(timeout=400)
+        out, _ = second.communicate(timeout=900)
     assert second.returncode == 0, out
     assert "Plan and preprocess" not in out
 
@@ -143,6 +144,7 @@ def test_quickstart_from_data_to_report_interrupted_and_resumed(make_decathlon, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_quickstart_as_a_user_starts_it_reaches_dice_of_070(tmp_path):
     output = tmp_path / "run"
     subprocess.run([sys.executable, "-m", "monai_mamba", "quickstart", "--output", str(output)], check=True)
