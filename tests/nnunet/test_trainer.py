@@ -124,9 +124,10 @@ def test_state_space_parameters_do_not_decay(make_trainer):
 @pytest.mark.parametrize(
     ("name", "optimizer", "head"),
     [
-        ("nnMambaTrainer", torch.optim.AdamW, "Conv3d"),
+        ("nnMambaTrainer", torch.optim.AdamW, "DoubleConv"),
+        ("nnMambaTrainerConv1x1", torch.optim.AdamW, "Conv3d"),
         ("nnMambaTrainerPublished", torch.optim.Adam, "DoubleConv"),
-        ("nnMambaTrainerSGD", torch.optim.SGD, "Conv3d"),
+        ("nnMambaTrainerSGD", torch.optim.SGD, "DoubleConv"),
     ],
 )
 def test_variants_differ_as_named(make_trainer, name, optimizer, head):
@@ -190,7 +191,7 @@ def test_checkpoint_round_trip_continues_the_run(make_trainer, tmp_path):
     assert trainer.train_step(batch)["loss"] == other.train_step(batch)["loss"]
 
 
-@pytest.mark.parametrize("name", ["nnMambaTrainerQuick", "nnMambaTrainerPublished"])
+@pytest.mark.parametrize("name", ["nnMambaTrainerQuick", "nnMambaTrainerConv1x1"])
 def test_pretrained_weights_load_into_a_network_for_other_classes(make_trainer, tmp_path, name):
     from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
