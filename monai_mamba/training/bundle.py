@@ -1,0 +1,143 @@
+"""What bundle configurations import: where the bundle lies, seeds, class weights and samplers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DistributedSampler, RandomSampler, Sampler, WeightedRandomSampler
+
+from monai_mamba.errors import DatasetError
+
+BALANCE = ("none", "weights", "sampler")
+PRECISIONS = ("fp32", "bf16", "fp16")
+#: What the best network was trained for; beside its weights.
+MODEL_CARD = "model.json"
+
+
+def find_root(name: str) -> str:
+    """Return the folder of the bundle ``name``: the working directory, or ``bundles/<name>`` below it, else the former.
+
+    A command thus works from the root of the repository and from inside the bundle.
+    """
+    for folder in (Path("."), Path("bundles") / name):
+        if (folder / "configs" / "metadata.json").is_file():
+            return str(folder)
+    return "."
+
+
+def model_card(ckpt_dir: os.PathLike[str] | str, default: dict[str, Any]) -> dict[str, Any]:
+    """Return what the network in ``ckpt_dir`` was trained for, completed by ``default``."""
+    card = Path(ckpt_dir) / MODEL_CARD
+    return {**default, **(json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {})}
+
+
+def seed_everything(seed: int, epoch: int = 0, rank: int = 0) -> None:
+    """Seed Python, NumPy and torch for one epoch of one process."""
+    value = int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
+    random.seed(value)
+    np.random.seed(value)  # noqa: NPY002 - MONAI and torchvision draw from the global generator
+    torch.manual_seed(value)
+
+
+def class_counts(cases: Sequence[dict[str, Any]], num_classes: int) -> np.ndarray:
+    """Return the number of cases per class, ``(num_classes,)``.
+
+    Raises:
+        DatasetError: if a class is empty.
+    """
+    counts = np.bincount([int(case["label"]) for case in cases], minlength=num_classes)
+    if (counts == 0).any():
+        raise DatasetError(f"balancing needs every class; the class counts are {counts.tolist()}")
+    return counts
+
+
+def class_weights(cases: Sequence[dict[str, Any]], num_classes: int, balance: str) -> torch.Tensor | None:
+    """Return weights for the cross entropy that are inverse to the class counts, with mean 1 over the cases.
+
+    Args:
+        cases: the training cases.
+        num_classes: number of classes.
+        balance: ``"weights"``, else None is returned (published: no balancing).
+    """
+    _check_balance(balance)
+    if balance != "weights":
+        return None
+    counts = class_counts(cases, num_classes)
+    return torch.tensor(counts.sum() / (num_classes * counts), dtype=torch.float32)
+
+
+def train_sampler(
+    cases: Sequence[dict[str, Any]], num_classes: int, balance: str, distributed: bool = False
+) -> Sampler:
+    """Return the sampler of the training cases.
+
+    Args:
+        cases: the training cases.
+        num_classes: number of classes.
+        balance: ``"sampler"`` draws with replacement so that all classes are equally frequent, else a shuffle.
+        distributed: give every process its share.
+    """
+    _check_balance(balance)
+    if distributed:
+        if balance == "sampler":
+            raise ValueError("`balance='sampler'` works in one process only; use balance='weights'")
+        return DistributedSampler(cases)
+    if balance == "sampler":
+        counts = class_counts(cases, num_classes)
+        return WeightedRandomSampler([1.0 / counts[int(case["label"])] for case in cases], len(cases))
+    return RandomSampler(cases)  # type: ignore[arg-type]
+
+
+def amp_options(precision: str) -> dict[str, Any]:
+    """Return ``amp`` and ``amp_kwargs`` of MONAI's engines for ``"fp32"``, ``"bf16"`` or ``"fp16"`` (CUDA only)."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return {"amp": precision != "fp32" and torch.cuda.is_available(), "amp_kwargs": {"dtype": dtype}}
+
+
+def local_device() -> torch.device:
+    """Return the device of this process under torchrun: its GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return torch.device("cpu")
+
+
+def start_processes(device: torch.device) -> None:
+    """Join the process group of torchrun: NCCL on GPUs, gloo on CPUs."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group(backend="nccl" if device.type == "cuda" else "gloo")
+
+
+def stop_processes() -> None:
+    """Leave the process group."""
+    torch.distributed.destroy_process_group()
+
+
+def rank() -> int:
+    """Return the number of this process; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def distributed_network(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Wrap a network for several processes; on GPUs batch statistics are taken over all of them.
+
+    On CPUs torch has no synchronised batch normalisation: every process normalises by its own share of the batch.
+    """
+    if device.type == "cuda":
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return torch.nn.parallel.DistributedDataParallel(network.to(device), device_ids=[device.index])
+    return torch.nn.parallel.DistributedDataParallel(network)
+
+
+def _check_balance(balance: str) -> None:
+    if balance not in BALANCE:
+        raise ValueError(f"`balance` must be one of {', '.join(BALANCE)}, got {balance!r}")

@@ -1,0 +1,288 @@
+"""Handlers for MONAI's engines: reproducible epochs, checkpoints that resume bit for bit, guards and predictions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.data.utils import set_rnd
+from torch import nn
+
+from monai_mamba.errors import CheckpointError, RunError
+from monai_mamba.files import whole_file, write_text
+from monai_mamba.training.bundle import MODEL_CARD, rank, seed_everything
+
+logger = logging.getLogger(__name__)
+
+
+class EpochSeeds:
+    """Seed every epoch by its number, so that epoch n is the same in a resumed run as in one that never stopped.
+
+    All global generators and the random states of MONAI's transforms are set, and the loader starts anew. A
+    ``DistributedSampler`` is told the epoch.
+
+    Args:
+        seed: seed of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = int(seed)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        loader: Any = engine.state.dataloader
+        epoch = engine.state.epoch
+        seed_everything(self.seed, epoch, rank())
+        set_rnd(loader.dataset, seed=(self.seed * 100003 + epoch * 1009 + rank()) % 2**31)
+        if hasattr(loader.sampler, "set_epoch"):
+            loader.sampler.set_epoch(epoch)
+        engine.set_data(loader)
+
+
+class NonFiniteGuard:
+    """Stop a training whose loss is not finite and save the batch that did it.
+
+    Args:
+        folder: where ``non_finite_batch.pt`` is written.
+
+    Raises:
+        RunError: at the first loss that is NaN or infinite; the network and its last checkpoint are untouched.
+    """
+
+    def __init__(self, folder: os.PathLike[str] | str) -> None:
+        self.folder = Path(folder)
+
+    def attach(self, engine: Engine) -> None:
+        from monai.engines import IterationEvents
+
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        output: Any = engine.state.output
+        loss = float(output["loss"])
+        if math.isfinite(loss):
+            return
+        batch: Any = engine.state.batch
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "non_finite_batch.pt"
+        tensors = {k: torch.as_tensor(v) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        with whole_file(path) as temporary:
+            torch.save({**tensors, "case": [str(case) for case in batch.get("case", [])]}, temporary)
+        raise RunError(
+            f"the loss is {loss} in epoch {engine.state.epoch}, iteration {engine.state.iteration}; the batch is in "
+            f"{path}. Lower the learning rate, or train with precision fp32"
+        )
+
+
+class RunKeeper:
+    """Keep the last and the best state of a training, stop it early, and resume it exactly.
+
+    ``last.pt`` holds all that continues the run: network, optimizer, scheduler, scaler, epoch, best value and patience.
+    ``model.pt`` holds the network of the best validation only, as model-zoo bundles do, and ``model.json`` beside it
+    what it was trained for. MONAI's own handlers cannot be resumed exactly: they forget the best value and the
+    patience, so that a resumed run replaces the best network by its first one.
+
+    Args:
+        folder: where both files are written.
+        network: the network, also one wrapped by ``DistributedDataParallel``.
+        optimizer: the optimizer.
+        lr_scheduler: the scheduler, stepped by somebody else; None for none.
+        patience: stop after this many validations without a better value; 0 never stops.
+        higher_is_better: False if the key metric of the evaluator is a loss or an error.
+        resume: start from ``last.pt``; it must be there.
+        settings: what must be the same in a resumed run, written into ``last.pt``.
+    """
+
+    LAST = "last.pt"
+    BEST = "model.pt"
+    CARD = MODEL_CARD
+
+    def __init__(
+        self,
+        folder: os.PathLike[str] | str,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: Any = None,
+        patience: int = 0,
+        higher_is_better: bool = True,
+        resume: bool = False,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        if patience < 0:
+            raise ValueError(f"`patience` must be at least 0, got {patience}")
+        self.folder = Path(folder)
+        self.network = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.patience = patience
+        self.higher_is_better = higher_is_better
+        self.resume = resume
+        self.settings = dict(settings or {})
+        self.best: float | None = None
+        self.best_epoch = 0
+        self.waited = 0
+        self._start = 0.0
+        self._first_epoch = 0
+
+    def attach_to(self, trainer: Engine, evaluator: Engine) -> None:
+        """Follow a training and its validation; call it once, before the training is run."""
+        if self.resume:
+            self._load(trainer)
+        trainer.add_event_handler(Events.STARTED, self._on_start)
+        evaluator.add_event_handler(Events.COMPLETED, self._on_validated, trainer)
+        # After the validation handler and the scheduler, which were attached before.
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._on_epoch)
+
+    def _on_start(self, trainer: Engine) -> None:
+        self._start, self._first_epoch = time.monotonic(), trainer.state.epoch
+
+    def _on_validated(self, evaluator: Engine, trainer: Engine) -> None:
+        name = evaluator.state.key_metric_name  # type: ignore[attr-defined]
+        value = float(evaluator.state.metrics[name])
+        if math.isnan(value):
+            logger.warning("epoch %d: %s cannot be measured (a class is missing?)", trainer.state.epoch, name)
+        sign = 1 if self.higher_is_better else -1
+        if not math.isnan(value) and (self.best is None or sign * value > sign * self.best):
+            self.best, self.best_epoch, self.waited = value, trainer.state.epoch, 0
+            self._write(self.BEST, self.network.state_dict())
+            if rank() == 0:
+                card = {**self.settings, "epoch": self.best_epoch, "metric": name, "value": value}
+                write_text(self.folder / self.CARD, json.dumps(card, indent=1))
+        else:
+            self.waited += 1
+            if self.patience and self.waited >= self.patience:
+                logger.info("no better %s for %d validations: stopping", name, self.waited)
+                trainer.terminate()
+        evaluator.state.best_metric = self.best  # type: ignore[attr-defined]
+
+    def _on_epoch(self, trainer: Engine) -> None:
+        self._write(self.LAST, self._state(trainer))
+        epoch, last = trainer.state.epoch, trainer.state.max_epochs or 0
+        seconds = (time.monotonic() - self._start) / max(epoch - self._first_epoch, 1)
+        left = int(seconds * (last - epoch))
+        logger.info(
+            "epoch %d/%d done, %.1f s each, %d:%02d:%02d left; best %s in epoch %d",
+            epoch,
+            last,
+            seconds,
+            left // 3600,
+            left % 3600 // 60,
+            left % 60,
+            "none yet" if self.best is None else f"{self.best:.4f}",
+            self.best_epoch,
+        )
+
+    def _state(self, trainer: Any) -> dict[str, Any]:
+        scaler = getattr(trainer, "scaler_", None) or getattr(trainer, "scaler", None)
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "epoch": trainer.state.epoch,
+            "epoch_length": trainer.state.epoch_length,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "waited": self.waited,
+            "settings": self.settings,
+        }
+
+    def _write(self, name: str, content: Any) -> None:
+        if rank() != 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(self.folder / name) as temporary:
+            torch.save(content, temporary)
+
+    def _load(self, trainer: Any) -> None:
+        path = self.folder / self.LAST
+        if not path.is_file():
+            raise CheckpointError(f"{path}: there is nothing to resume; start without `--resume`")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            differing = {k: v for k, v in self.settings.items() if state["settings"].get(k, v) != v}
+            if differing:
+                was = {k: state["settings"][k] for k in differing}
+                raise CheckpointError(
+                    f"{path}: was trained with {was}, now asked for {differing}; resume with the former"
+                )
+            self.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.lr_scheduler is not None and state["lr_scheduler"] is not None:
+                self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            scaler = getattr(trainer, "scaler", None)
+            if scaler is not None and state["scaler"]:
+                scaler.load_state_dict(state["scaler"])
+            self.best, self.best_epoch, self.waited = state["best"], state["best_epoch"], state["waited"]
+            epoch = int(state["epoch"])
+        except (KeyError, RuntimeError, EOFError, ValueError, OSError) as error:
+            raise CheckpointError(f"{path}: cannot be resumed from: {error}") from error
+        if epoch >= trainer.state.max_epochs:
+            raise CheckpointError(f"{path}: all {epoch} epochs are done; ask for more with `--max_epochs`")
+        trainer.state.epoch = epoch
+        trainer.state.iteration = epoch * trainer.state.epoch_length
+        logger.info("resuming after epoch %d", epoch)
+
+
+class PredictionWriter:
+    """Write what an evaluator predicts into one CSV file, a row per case.
+
+    Columns: ``case``, ``patient``, ``label`` (or ``label_<class>`` for several labels at once) and ``prob_<class>``.
+    `monai_mamba.evaluation` and ``monai-mamba evaluate`` read it.
+
+    Args:
+        path: the file; it appears when the evaluation is over.
+        classes: names of the classes in the order of the outputs.
+        multi_label: outputs are independent probabilities (sigmoid) instead of one distribution (softmax).
+    """
+
+    def __init__(self, path: os.PathLike[str] | str, classes: Sequence[str], multi_label: bool = False) -> None:
+        self.path = Path(path)
+        self.classes = list(classes)
+        self.multi_label = multi_label
+        self._rows: list[dict[str, Any]] = []
+
+    def attach(self, engine: Engine) -> None:
+        from monai.engines import IterationEvents
+
+        engine.add_event_handler(Events.STARTED, lambda: self._rows.clear())
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._collect)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _collect(self, engine: Engine) -> None:
+        batch: Any = engine.state.batch
+        output: Any = engine.state.output
+        # The engine's output holds logits here; postprocessing, for the metrics, comes after.
+        logits = torch.as_tensor(output["pred"]).detach().float().cpu()
+        probs = logits.sigmoid() if self.multi_label else logits.softmax(1)
+        if probs.shape[1] != len(self.classes):
+            raise RunError(f"the network has {probs.shape[1]} outputs, the data set {len(self.classes)} classes")
+        for index, row in enumerate(probs.double().tolist()):
+            entry: dict[str, Any] = {"case": batch["case"][index], "patient": batch["patient"][index]}
+            if "label" in batch:
+                label = torch.as_tensor(batch["label"][index])
+                if self.multi_label:
+                    entry.update({f"label_{n}": int(v) for n, v in zip(self.classes, label.tolist(), strict=True)})
+                else:
+                    entry["label"] = int(label)
+            entry.update({f"prob_{n}": f"{p:.9g}" for n, p in zip(self.classes, row, strict=True)})
+            self._rows.append(entry)
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(self._rows[0]))
+            writer.writeheader()
+            writer.writerows(self._rows)
+        logger.info("wrote %d predictions to %s", len(self._rows), self.path)

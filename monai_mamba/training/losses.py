@@ -1,0 +1,38 @@
+"""Losses of the classification bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from monai_mamba.training.bundle import class_weights
+
+
+class MultiLabelLoss(nn.BCEWithLogitsLoss):
+    """Binary cross entropy of every class for itself; labels are zeros and ones of any type."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return super().forward(input, target.to(input.dtype))
+
+
+def classification_loss(
+    cases: Sequence[dict[str, Any]], num_classes: int, balance: str = "none", multi_label: bool = False
+) -> nn.Module:
+    """Return the loss of a classification: cross entropy, or binary cross entropy for several labels at once.
+
+    Args:
+        cases: the training cases, for their class counts.
+        num_classes: number of classes.
+        balance: ``"weights"`` weighs classes by the inverse of their counts; else they count as they come (published).
+        multi_label: labels are lists of zeros and ones.
+
+    Raises:
+        ValueError: if balancing is asked for with several labels at once.
+    """
+    if multi_label:
+        if balance != "none":
+            raise ValueError(f"`balance` must be 'none' for several labels at once, got {balance!r}")
+        return MultiLabelLoss()
+    return nn.CrossEntropyLoss(weight=class_weights(cases, num_classes, balance))
