@@ -11,7 +11,7 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("errors", "layers", "networks", "nnunet", "ops", "weights")
+_SUBMODULES = ("errors", "evaluation", "layers", "networks", "nnunet", "ops", "training", "weights")
 
 __all__ = ["__version__", *_SUBMODULES]
 

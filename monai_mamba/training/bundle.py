@@ -88,11 +88,11 @@ def train_sampler(
     if distributed:
         if balance == "sampler":
             raise ValueError("`balance='sampler'` works in one process only; use balance='weights'")
-        return DistributedSampler(cases)
+        return DistributedSampler(cases)  # type: ignore[arg-type]
     if balance == "sampler":
         counts = class_counts(cases, num_classes)
         return WeightedRandomSampler([1.0 / counts[int(case["label"])] for case in cases], len(cases))
-    return RandomSampler(cases)  # type: ignore[arg-type]
+    return RandomSampler(cases)
 
 
 def amp_options(precision: str) -> dict[str, Any]:
