@@ -1,8 +1,8 @@
 """Compare output heads, normalisations and optimisers of nnMambaTrainer in short nnU-Net runs.
 
-    python benchmarks/nnunet_variants.py DECATHLON_FOLDER --output benchmarks/results/nnunet_variants.json
+    python benchmarks/nnunet_variants.py Task04_Hippocampus --output benchmarks/results/nnunet_variants.json
 
-Takes some cases of a decathlon-style folder for training and others for testing, plans and preprocesses them with
+Takes some cases of the decathlon's hippocampus set for training, others for testing, plans and preprocesses them with
 nnU-Net, trains every variant for the same number of iterations on the same plan and fold, predicts the test cases
 without test-time augmentation and writes the Dice of every structure as JSON and as a Markdown table. nnU-Net's
 training is not seeded, so single runs differ; ``--repeats`` shows by how much. Rows that the output file holds already
@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -23,18 +24,18 @@ import time
 from pathlib import Path
 
 DATASET_ID = 904
-BASE = dict(head="conv1x1", init_filters=16)
+BASE = {"init_filters": 16}
 #: name -> (network arguments, optimizer, learning rate); "stock" is nnU-Net's own network and recipe.
 VARIANTS: dict[str, tuple[dict, str, float] | None] = {
-    "conv1x1 AdamW 2e-3": (BASE, "adamw", 2e-3),
-    "published head Adam 2e-4": (BASE | {"head": "double_conv"}, "adam", 2e-4),
-    "conv1x1 AdamW 5e-4": (BASE, "adamw", 5e-4),
-    "conv1x1 SGD 1e-2": (BASE, "sgd", 1e-2),
-    "published head AdamW 2e-3": (BASE | {"head": "double_conv"}, "adamw", 2e-3),
-    "published head AdamW 5e-4": (BASE | {"head": "double_conv"}, "adamw", 5e-4),
-    "conv1x1 instance norm AdamW 2e-3": (BASE | {"norm": "instance"}, "adamw", 2e-3),
-    "conv1x1 instance norm AdamW 5e-4": (BASE | {"norm": "instance"}, "adamw", 5e-4),
-    "conv1x1 AdamW 2e-3, no scan": (BASE | {"mixer": "none"}, "adamw", 2e-3),
+    "published head AdamW 2e-3": (BASE, "adamw", 2e-3),
+    "published head AdamW 5e-4": (BASE, "adamw", 5e-4),
+    "published head Adam 2e-4": (BASE, "adam", 2e-4),
+    "conv1x1 AdamW 2e-3": (BASE | {"head": "conv1x1"}, "adamw", 2e-3),
+    "conv1x1 AdamW 5e-4": (BASE | {"head": "conv1x1"}, "adamw", 5e-4),
+    "published head SGD 1e-2": (BASE, "sgd", 1e-2),
+    "conv1x1 SGD 1e-2": (BASE | {"head": "conv1x1"}, "sgd", 1e-2),
+    "published head AdamW 2e-3, instance norm": (BASE | {"norm": "instance"}, "adamw", 2e-3),
+    "published head AdamW 2e-3, no scan": (BASE | {"mixer": "none"}, "adamw", 2e-3),
     "nnU-Net's own network and SGD 1e-2": None,
 }
 
@@ -76,10 +77,15 @@ def write_trainers(folder: Path) -> None:
 def make_dataset(source: Path, raw: Path, num_train: int, num_test: int, seed: int) -> dict[str, int]:
     """Copy the drawn cases into nnU-Net's layout; return the structures, ``{name: label}``."""
     description = json.loads((source / "dataset.json").read_text())
-    cases = sorted(path.name[: -len(".nii.gz")] for path in (source / "labelsTr").glob("[!.]*.nii.gz"))
+    # The numbers 2k - 1 and 2k are most likely one person's two sides (hippocampus_pairs.py): at most one is used.
+    of_person: dict[int, str] = {}
+    for path in sorted((source / "labelsTr").glob("[!.]*.nii.gz")):
+        name = path.name[: -len(".nii.gz")]
+        of_person.setdefault((int(re.findall(r"\d+", name)[0]) + 1) // 2, name)
+    cases = sorted(of_person.values())
     random.Random(seed).shuffle(cases)
     if len(cases) < num_train + num_test:
-        raise SystemExit(f"{source} has {len(cases)} labelled cases, {num_train + num_test} are needed")
+        raise SystemExit(f"{source} has {len(cases)} persons, {num_train + num_test} are needed")
     for split, names in (("Tr", cases[:num_train]), ("Ts", cases[num_train : num_train + num_test])):
         for kind in ("images", "labels"):
             (raw / f"{kind}{split}").mkdir(parents=True, exist_ok=True)
