@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from monai_mamba.layers.checkpoint import checkpointed
 from monai_mamba.layers.drop_path import DropPath, drop_path_schedule
 from monai_mamba.layers.patches import PatchMerging, check_image, check_odd_size, stage_dims
 from monai_mamba.layers.ss2d import SS2D, scan_parameters_without_decay
+from monai_mamba.layers.stages import Stage, run_stages
 from monai_mamba.layers.taps import Taps
 
 #: Renames from the released state dict to ours, applied in order with ``re.sub``.
@@ -116,21 +116,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
-class Stage(nn.Module):
-    """Blocks at one resolution; ``downsample`` prepares the next stage and is applied by the network."""
-
-    def __init__(self, blocks: list[SSConvSSMBlock], downsample: nn.Module, use_checkpoint: bool) -> None:
-        super().__init__()
-        self.use_checkpoint = use_checkpoint
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = checkpointed(block, x) if self.use_checkpoint and torch.is_grad_enabled() else block(x)
-        return x
 
 
 class MedMamba(nn.Module):
@@ -247,14 +232,7 @@ class MedMamba(nn.Module):
         x = check_image(x, self.in_channels, self.minimum_size, 'enlarge the images or build with odd_size="pad"')
         if self.odd_size == "pad":
             x = F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size))
-        x = self.patch_embed(x)
-        maps = []
-        for i, stage in enumerate(self.layers):
-            assert isinstance(stage, Stage)
-            features = self.taps[f"stage{i + 1}"](stage(x).permute(0, 3, 1, 2))
-            maps.append(features)
-            x = stage.downsample(features.permute(0, 2, 3, 1))
-        return maps
+        return run_stages(self.patch_embed(x), self.layers, self.taps)
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Turn the last map into logits."""

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from monai_mamba.layers.checkpoint import checkpointed
 from monai_mamba.layers.drop_path import DropPath, drop_path_schedule
 from monai_mamba.layers.patches import (
     PatchMerging,
@@ -26,6 +24,7 @@ from monai_mamba.layers.patches import (
     stage_dims,
 )
 from monai_mamba.layers.ss2d import SS2D, scan_parameters_without_decay
+from monai_mamba.layers.stages import Stage, run_stages
 from monai_mamba.layers.taps import Taps
 
 #: Renames from published state dicts to ours, applied in order with ``re.sub``: only the earliest files need them.
@@ -92,21 +91,6 @@ class VSSBlock(nn.Module):
         x = x + self.drop_path(self.op(self.norm(x)))
         if self.mlp is not None:
             x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
-
-
-class VSSStage(nn.Module):
-    """Blocks at one resolution; ``downsample`` prepares the next stage and is applied by the network."""
-
-    def __init__(self, blocks: list[VSSBlock], downsample: nn.Module, use_checkpoint: bool) -> None:
-        super().__init__()
-        self.use_checkpoint = use_checkpoint
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = checkpointed(block, x) if self.use_checkpoint and torch.is_grad_enabled() else block(x)
         return x
 
 
@@ -185,7 +169,7 @@ class VMambaEncoder(nn.Module):
         self.patch_embed = _stem(stem, in_channels, self.dims[0])
         rates = drop_path_schedule(drop_path_rate, depths)
         self.layers = nn.ModuleList(
-            VSSStage(
+            Stage(
                 [VSSBlock(dim, d_state, ssm_ratio, mlp_ratio, gate, rate, mixer) for rate in stage_rates],
                 _downsample(downsample, dim, odd_size) if i + 1 < len(self.dims) else nn.Identity(),
                 use_checkpoint,
@@ -212,14 +196,8 @@ class VMambaEncoder(nn.Module):
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Return the map of each stage, ``(B, dims[i], H / strides[i], W / strides[i])``, finest first."""
         x = check_image(x, self.in_channels, self.minimum_size, 'enlarge the images or build with odd_size="pad"')
-        x = self.patch_embed(F.pad(x, (0, -x.shape[3] % self._pad_to, 0, -x.shape[2] % self._pad_to)))
-        maps = []
-        for i, stage in enumerate(self.layers):
-            assert isinstance(stage, VSSStage)
-            features = self.taps[f"stage{i + 1}"](stage(x).permute(0, 3, 1, 2))
-            maps.append(features)
-            x = stage.downsample(features.permute(0, 2, 3, 1))
-        return maps
+        x = F.pad(x, (0, -x.shape[3] % self._pad_to, 0, -x.shape[2] % self._pad_to))
+        return run_stages(self.patch_embed(x), self.layers, self.taps)
 
 
 class NormalizedHead(nn.Module):
