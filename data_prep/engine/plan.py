@@ -174,7 +174,12 @@ def make_plan(
     LAYOUTS[layout].check(description)
     if not book.cases and not any(verdict.status == "failed" for verdict in book.verdicts.values()):
         reasons = sorted({verdict.reason for verdict in book.verdicts.values() if verdict.status == "skipped"})
-        raise DatasetError(f"nothing to convert in {len(tree)} files ({', '.join(reasons) or 'the input is empty'}).")
+        if not set(reasons) - {"junk", "unrecognized", "linked-folder"}:
+            raise DatasetError(
+                f"nothing to convert in {len(tree)} files ({', '.join(reasons) or 'the input is empty'})."
+            )
+        # The source knew the files and left all of them out: that is a result, and the report says why.
+        book.note(f"nothing to convert: every input was skipped ({', '.join(reasons)})")
     cases = list(book.cases.values())
     conflicts = official_conflict(cases)
     if conflicts:

@@ -1,0 +1,1 @@
+"""DICOM: headers, stacks of slices, volumes, projections, segmentations and structure sets."""

@@ -1,0 +1,533 @@
+"""Converts one stack to NIfTI and proves the result against the DICOM headers and pixels before it is kept.
+
+dcm2niix reads the widest range of vendors and is asked first; it sees nothing but the files of the stack. Its voxels
+are brought into DICOM order ``(column, row, slice)`` and compared with the slices as pydicom decodes them; its affine
+must agree with the headers. When it fails, warns, or disagrees, the slices are decoded one by one (pydicom, then
+SimpleITK) and the same proof is made. The affine that is written is always the one computed from the headers.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.dicom.headers import frame_facts, read_dataset, slice_facts
+from data_prep.errors import CaseError, DicomReadError
+from data_prep.geometry import TOLERANCE_MM, Grid, max_distance_mm
+from data_prep.nifti import open_nifti, write_nifti
+from data_prep.operations import Job, Outcome, operation
+
+#: seconds one call of dcm2niix may take
+CONVERTER_TIMEOUT = 600.0
+_UNCOMPRESSED = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"}
+_MAX_VOLUME_BYTES = 16 << 30
+_DOUBTS = (
+    "gantry tilt",
+    "interslice distance varies",
+    "slice thickness varies",
+    "missing",
+    "single slice",
+    "stacked despite",
+    "incompatible with nifti",
+    "check slice",
+    "duplicate",
+)
+
+
+@operation(version=1)
+def volume(job: Job) -> Outcome:
+    """A volume from the slices of one stack.
+
+    Params:
+        slices: ``[index of the input, frame]`` in order.
+        positions: ImagePositionPatient of each slice, from the plan.
+        affine: RAS+ matrix of the plan.
+        shape: ``(columns, rows, slices)``.
+        repair: ``""``, ``tilt`` or ``uneven``.
+        converter: ``dcm2niix`` or ``simpleitk``.
+        onto: the stack of the first channel (``affine``, ``shape``) when this one is to be resampled onto it.
+        notes: of the plan.
+    """
+    params = job.params
+    shape, affine = tuple(params["shape"]), np.array(params["affine"], dtype=np.float64)
+    notes = list(params.get("notes", []))
+    if int(np.prod(shape, dtype=object)) * 4 > _MAX_VOLUME_BYTES:
+        raise DicomReadError("too-large", f"{' x '.join(map(str, shape))} voxels")
+    reader = SliceReader(job.inputs, params["slices"])
+    data = None
+    if params.get("converter", "dcm2niix") == "dcm2niix" and not params.get("repair"):
+        try:
+            data = _with_dcm2niix(job, shape, affine)
+            check_content(data, reader, _sample(reader, shape[2]))
+        except CaseError as error:
+            data = None
+            notes.append(f"dcm2niix was not used ({error.reason})")
+    if data is None:
+        data = reader.stack()
+        if data.shape != shape:
+            raise DicomReadError("size-differs", "decoded slices have another size than the header says")
+    check_positions(reader, affine, shape, params["positions"], params.get("repair", ""))
+    data = _fill_padding(data, reader, notes)
+    is_resampled = bool(params.get("repair"))
+    if is_resampled:
+        data, affine = straighten(data, affine, np.array(params["positions"], dtype=np.float64))
+        notes.append(f"resampled to an even, upright grid ({params['repair']}), at the user's wish")
+    if params.get("onto"):
+        data = resample_onto(data, affine, params["onto"])
+        affine, shape = np.array(params["onto"]["affine"]), tuple(params["onto"]["shape"])
+        is_resampled = True
+        notes.append("resampled onto the grid of the first channel, at the user's wish")
+    write_nifti(job.output, np.ascontiguousarray(data) if data.ndim != 3 else data, affine)
+    grid = prove_file(job.output, affine, data.shape)
+    return Outcome(grid, is_resampled=is_resampled, notes=tuple(notes))
+
+
+@operation(version=1)
+def mosaic(job: Job) -> Outcome:
+    """A volume from one Siemens mosaic: tiles of one image are its slices.
+
+    dcm2niix unfolds it; every tile and the affine that follows from the header are compared with the result. The
+    header's position is that of the corner of the whole mosaic, as if it were one large slice.
+    """
+    dataset = read_dataset(job.inputs[0], pixels=True)
+    reader = SliceReader(job.inputs, [[0, 0]])
+    position, orientation, spacing = _plane_of(dataset, 0)
+    count = mosaic_count(dataset)
+    side = int(np.ceil(np.sqrt(count)))
+    rows, columns = int(dataset.Rows) // side, int(dataset.Columns) // side
+    between = dataset.get("SpacingBetweenSlices")
+    if between is None or not float(between) > 0:
+        raise DicomReadError("no-position", "a mosaic without SpacingBetweenSlices")
+    row, column = orientation[:3] * spacing[1], orientation[3:] * spacing[0]
+    corner = position + row * (int(dataset.Columns) - columns) / 2 + column * (int(dataset.Rows) - rows) / 2
+    normal = np.cross(orientation[:3], orientation[3:]) * float(between)
+    plane = {"orientation": list(orientation), "spacing": list(spacing)}
+    whole = reader.values(0)
+    tiles = [
+        whole[(k // side) * rows : (k // side + 1) * rows, (k % side) * columns : (k % side + 1) * columns].T
+        for k in range(count)
+    ]
+    shape = (columns, rows, count)
+    from data_prep.dicom.stacks import make_affine
+
+    with tempfile.TemporaryDirectory(dir=job.output.parent, prefix="dcm2niix-") as name:
+        made = run_dcm2niix([job.inputs[0]], Path(name))
+        if len(made) != 1:
+            raise DicomReadError("converter-failed", f"dcm2niix made {len(made)} volumes of one mosaic")
+        nifti = open_nifti(made[0], "sform")
+        for sign in (1.0, -1.0):
+            affine = make_affine(plane, corner, normal * sign)
+            data, found = to_dicom_order(nifti.read(), nifti.grid.affine, affine)  # type: ignore[arg-type]
+            is_same = data.shape == shape and max_distance_mm(shape, found, affine) <= 5 * TOLERANCE_MM
+            if is_same and all(np.array_equal(data[:, :, k], tiles[k]) for k in range(count)):
+                write_nifti(job.output, np.array(data), affine)
+                grid = prove_file(job.output, affine, shape)
+                return Outcome(grid, notes=tuple(job.params.get("notes", [])))
+    raise DicomReadError("geometry-not-proven", "header and dcm2niix do not agree about the tiles of the mosaic")
+
+
+def mosaic_count(dataset: Any) -> int:
+    """Number of tiles of a Siemens mosaic, from the private element or the CSA header.
+
+    Raises:
+        DicomReadError: unknown or impossible.
+    """
+    count = 0
+    element = dataset.get((0x0019, 0x100A))
+    if element is not None:
+        value = element.value
+        try:
+            count = int.from_bytes(value, "little") if isinstance(value, bytes) else int(value)
+        except (TypeError, ValueError):
+            count = 0
+    csa = dataset.get((0x0029, 0x1010))
+    if not count and csa is not None and isinstance(csa.value, bytes):
+        at = csa.value.find(b"NumberOfImagesInMosaic")
+        found = re.search(rb"\0(\d{1,4})[ \0]", csa.value[at + 64 : at + 256]) if at >= 0 else None
+        count = int(found[1]) if found else 0
+    if not 1 < count <= 4096:
+        raise DicomReadError("mosaic", "the number of tiles of the mosaic is unknown")
+    return count
+
+
+class SliceReader:
+    """Decodes slices one at a time, as float or integer values after the modality rescale.
+
+    Args:
+        paths: files.
+        slices: ``[index of the file, frame]`` in order.
+    """
+
+    def __init__(self, paths: tuple[Path, ...], slices: list[list[int]]) -> None:
+        self._paths = paths
+        self.slices = slices
+        self._open: tuple[int, Any, np.ndarray | None] | None = None
+
+    def dataset(self, number: int) -> Any:
+        """The data set of slice `number`, with its pixel data still encoded."""
+        index = self.slices[number][0]
+        if self._open is None or self._open[0] != index:
+            self._open = (index, read_dataset(self._paths[index], pixels=True), None)
+        return self._open[1]
+
+    def is_compressed(self) -> bool:
+        return str(self.dataset(0).file_meta.get("TransferSyntaxUID", "")) not in _UNCOMPRESSED
+
+    def stored(self, number: int) -> np.ndarray:
+        """Stored values of a slice, ``(rows, columns)``.
+
+        Raises:
+            DicomReadError: no decoder can read the pixels.
+        """
+        dataset = self.dataset(number)
+        assert self._open is not None
+        if self._open[2] is None:
+            self._open = (self._open[0], dataset, decode(dataset, self._paths[self.slices[number][0]]))
+        pixels: Any = self._open[2]
+        frame = self.slices[number][1]
+        if pixels.ndim == 3:
+            if frame >= len(pixels):
+                raise DicomReadError("missing-frame", "the file holds fewer frames than its header says")
+            return pixels[frame]
+        return pixels
+
+    def rescale(self, number: int) -> tuple[float, float]:
+        """Slope and intercept of a slice; of its frame in enhanced objects."""
+        dataset, frame = self.dataset(number), self.slices[number][1]
+        item: Any = dataset
+        per_frame = dataset.get("PerFrameFunctionalGroupsSequence")
+        if per_frame:
+            shared = dataset.get("SharedFunctionalGroupsSequence")
+            found = per_frame[frame].get("PixelValueTransformationSequence")
+            if not found and shared:
+                found = shared[0].get("PixelValueTransformationSequence")
+            item = found[0] if found else dataset
+        slope, intercept = item.get("RescaleSlope"), item.get("RescaleIntercept")
+        try:
+            values = (float(1 if slope in (None, "") else slope), float(0 if intercept in (None, "") else intercept))
+        except (TypeError, ValueError) as error:
+            raise DicomReadError("bad-rescale", "RescaleSlope or RescaleIntercept is not a number") from error
+        if not np.isfinite(values).all() or values[0] == 0:
+            raise DicomReadError("bad-rescale", "RescaleSlope or RescaleIntercept is not usable")
+        return values
+
+    def values(self, number: int) -> np.ndarray:
+        """Values of a slice after the rescale."""
+        if self.dataset(number).get("ModalityLUTSequence"):
+            from pydicom.pixels import apply_modality_lut
+
+            return np.asarray(apply_modality_lut(self.stored(number), self.dataset(number)), dtype=np.float64)
+        slope, intercept = self.rescale(number)
+        stored = self.stored(number)
+        if slope == 1 and intercept == int(intercept):
+            return stored.astype(np.int64) + int(intercept)
+        return stored.astype(np.float64) * slope + intercept
+
+    def stack(self) -> np.ndarray:
+        """All slices as ``(columns, rows, slices)`` in int16 where the values allow it, else float32."""
+        planes = []
+        shape = None
+        for number in range(len(self.slices)):
+            plane = self.values(number)
+            if plane.ndim != 2 or (shape is not None and plane.shape != shape):
+                raise DicomReadError("size-differs", "the slices have different sizes")
+            shape = plane.shape
+            is_small = plane.dtype.kind in "iu" and plane.min() >= -32768 and plane.max() <= 32767
+            planes.append(plane.astype(np.int16 if is_small else np.float32).T)
+        return np.stack(planes, axis=-1)
+
+
+def decode(dataset: Any, path: Path) -> np.ndarray:
+    """Stored pixel values with the plugins of pydicom, and with SimpleITK's own decoders when all of these refuse.
+
+    Raises:
+        DicomReadError: nobody can, or the pixel data is shorter than the header says.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.asarray(dataset.pixel_array)
+    except MemoryError:
+        raise
+    except Exception as error:
+        syntax = str(dataset.file_meta.get("TransferSyntaxUID", ""))
+        if syntax in _UNCOMPRESSED:
+            raise DicomReadError("unreadable-pixels", f"the pixel data is damaged ({type(error).__name__})") from error
+    try:
+        import SimpleITK as sitk
+
+        sitk.ProcessObject.SetGlobalWarningDisplay(False)
+        image = sitk.ReadImage(str(path))
+        values = sitk.GetArrayFromImage(image)
+        slope = float(dataset.get("RescaleSlope") or 1)
+        intercept = float(dataset.get("RescaleIntercept") or 0)
+        # SimpleITK has applied the rescale; take it back, so that both ways mean stored values.
+        stored = np.rint((values.astype(np.float64) - intercept) / slope)
+        if stored.shape[-2:] != (int(dataset.Rows), int(dataset.Columns)):
+            raise ValueError("size")
+        limit = 1 << int(dataset.get("BitsStored") or 16)
+        if stored.min() < -limit or stored.max() >= limit:
+            raise ValueError("range")
+        return stored.astype(np.int32).squeeze(0) if len(stored) == 1 else stored.astype(np.int32)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DicomReadError("unreadable-pixels", "no decoder can read the pixel data") from error
+
+
+def _sample(reader: SliceReader, count: int) -> list[int]:
+    """Slices to compare: all of uncompressed series (cheap), five of compressed ones (enough for order and flips)."""
+    if not reader.is_compressed():
+        return list(range(count))
+    return sorted({0, count // 4, count // 2, (3 * count) // 4, count - 1})
+
+
+def check_content(data: np.ndarray, reader: SliceReader, numbers: list[int]) -> None:
+    """Compare slices of a volume with what the files hold.
+
+    Raises:
+        DicomReadError: a slice differs.
+    """
+    for number in numbers:
+        expected = reader.values(number).T
+        found = data[:, :, number]
+        if expected.shape != found.shape:
+            raise DicomReadError("size-differs", "a slice has another size")
+        if expected.dtype.kind in "iu":
+            same = np.array_equal(np.asarray(found, dtype=np.float64), expected.astype(np.float64))
+        else:
+            scale = max(float(np.abs(expected).max()), 1e-6)
+            same = bool(np.abs(found.astype(np.float64) - expected).max() <= 1e-5 * scale)
+        if not same:
+            raise DicomReadError("voxels-differ", "the converter's voxels are not those of the file")
+
+
+def check_positions(
+    reader: SliceReader, affine: np.ndarray, shape: tuple[int, ...], positions: list[list[float]], repair: str
+) -> None:
+    """Read the position, orientation and spacing of every slice again and compare all corners with the affine.
+
+    Raises:
+        DicomReadError: a voxel would lie more than 0.01 mm from where the file says.
+    """
+    for number in range(len(reader.slices)):
+        position, orientation, spacing = _plane_of(reader.dataset(number), reader.slices[number][1])
+        if np.abs(position - positions[number]).max() > 1e-6:
+            raise DicomReadError("changed-file", "the file has changed since it was scanned")
+        if repair:
+            continue
+        for column in (0, shape[0] - 1):
+            for row in (0, shape[1] - 1):
+                lps = position + orientation[:3] * spacing[1] * column + orientation[3:] * spacing[0] * row
+                ras = (affine @ [column, row, number, 1])[:3] * [-1, -1, 1]
+                distance = float(np.linalg.norm(lps - ras))
+                if not distance <= TOLERANCE_MM:
+                    raise DicomReadError("geometry-not-proven", f"a voxel lies {distance:.3g} mm from its place")
+
+
+def _plane_of(dataset: Any, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    from pydicom.dataset import Dataset
+
+    per_frame = dataset.get("PerFrameFunctionalGroupsSequence")
+    if per_frame:
+        shared = dataset.get("SharedFunctionalGroupsSequence")
+        plane = frame_facts(per_frame[frame], shared[0] if shared else Dataset(), dataset)
+    else:
+        plane = slice_facts(dataset)
+    for name in ("position", "orientation", "spacing"):
+        if not plane[name]:
+            raise DicomReadError("no-position", f"a slice lacks its {name}")
+    return np.array(plane["position"]), np.array(plane["orientation"]), np.array(plane["spacing"])
+
+
+def run_dcm2niix(paths: list[Path], folder: Path, timeout: float = CONVERTER_TIMEOUT) -> list[Path]:
+    """Run dcm2niix on exactly these files.
+
+    Returns:
+        The NIfTI files it wrote that are no repaired second versions (``_Tilt``, ``_Eq``).
+
+    Raises:
+        CaseError: not installed, failed, too slow, or it warned of something that makes the result doubtful.
+    """
+    try:
+        import dcm2niix
+
+        binary = str(dcm2niix.bin)
+    except ImportError as error:
+        raise CaseError("no-converter", "dcm2niix is not installed") from error
+    source, target = folder / "in", folder / "converted"
+    source.mkdir()
+    target.mkdir()
+    for number, path in enumerate(paths):
+        (source / f"{number:06d}.dcm").symlink_to(path.resolve())
+    command = [binary, "-b", "n", "-z", "n", "-f", "v", "-w", "1", "-m", "y", "-o", str(target), str(source)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=timeout, check=False)
+    except (subprocess.TimeoutExpired, OSError) as error:
+        raise CaseError("converter-failed", "dcm2niix could not be run or took too long") from error
+    text = (done.stdout + done.stderr).decode("utf-8", "replace").lower()
+    if done.returncode != 0:
+        raise CaseError("converter-failed", f"dcm2niix ended with code {done.returncode}")
+    # dcm2niix ends with 0 after these; each means that the affine or the set of slices is not what it seems.
+    for line in text.splitlines():
+        for word in _DOUBTS:
+            if "warning" in line and word in line:
+                raise CaseError("converter-warned", f"dcm2niix warned: {word}")
+    return sorted(path for path in target.glob("*.nii") if "_Tilt" not in path.name and "_Eq" not in path.name)
+
+
+def _with_dcm2niix(job: Job, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    with tempfile.TemporaryDirectory(dir=job.output.parent, prefix="dcm2niix-") as name:
+        made = run_dcm2niix(list(job.inputs), Path(name))
+        if len(made) != 1:
+            raise CaseError("converter-split", f"dcm2niix made {len(made)} volumes of one stack")
+        nifti = open_nifti(made[0], "sform")
+        if nifti.num_channels != 1:
+            raise CaseError("converter-split", f"dcm2niix made a 4D volume of {nifti.num_channels}")
+        data, found = to_dicom_order(nifti.read(), nifti.grid.affine, affine)  # type: ignore[arg-type]
+        if data.shape != shape:
+            raise CaseError("size-differs", "dcm2niix made a volume of another size")
+        distance = max_distance_mm(shape, found, affine)
+        if not distance <= max(0.05, 5 * TOLERANCE_MM):
+            raise CaseError("affine-differs", f"dcm2niix puts voxels {distance:.3g} mm elsewhere")
+        return np.array(data)
+
+
+def to_dicom_order(data: np.ndarray, affine: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flip and permute axes so that `affine` comes closest to `wanted`; voxels stay where they are in space."""
+    relation = np.linalg.solve(wanted[:3, :3], affine[:3, :3])
+    order = np.argmax(np.abs(relation), axis=0)
+    if sorted(order) != [0, 1, 2]:
+        raise CaseError("axes-differ", "the axes of the volume do not match those of the slices")
+    flip = np.eye(4)
+    for axis in range(3):
+        target = order[axis]
+        flip[:3, axis] = 0
+        sign = np.sign(relation[target, axis])
+        flip[target, axis] = sign
+        if sign < 0:
+            flip[target, 3] = data.shape[axis] - 1
+    # `flip` maps old indices to new ones.
+    for axis in range(3):
+        if relation[order[axis], axis] < 0:
+            data = np.flip(data, axis)
+    return np.transpose(data, np.argsort(order)), affine @ np.linalg.inv(flip)
+
+
+def _fill_padding(data: np.ndarray, reader: SliceReader, notes: list[str]) -> np.ndarray:
+    """Set voxels outside of the field of view to the smallest real value.
+
+    GE and others fill the corners with -2000, which nnU-Net would take for a tissue.
+    """
+    dataset = reader.dataset(0)
+    padding = dataset.get("PixelPaddingValue")
+    if padding is None or str(dataset.get("Modality", "")) != "CT":
+        return data
+    slope, intercept = reader.rescale(0)
+    try:
+        low = float(padding) * slope + intercept
+        high = low
+        if dataset.get("PixelPaddingRangeLimit") is not None:
+            high = float(dataset.PixelPaddingRangeLimit) * slope + intercept
+    except (TypeError, ValueError):
+        return data
+    # Only what lies below air: a padding value inside the range of tissue cannot be told from tissue.
+    mask = (data >= min(low, high)) & (data <= max(low, high)) & (data < -1024)
+    if not mask.any() or mask.all():
+        return data
+    data = np.array(data)
+    data[mask] = max(data[~mask].min(), -1024)
+    notes.append("padding outside of the field of view was set to air")
+    return data
+
+
+def straighten(data: np.ndarray, affine: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Resample slices with a tilt or uneven steps onto an upright, even grid, linearly.
+
+    Each slice is shifted inside its own plane to undo the shear, then the column of slices is interpolated along the
+    normal at the median step. Outside of the slices the smallest value of the volume is put in.
+    """
+    lps = np.diag([-1.0, -1, 1, 1]) @ affine
+    spacing = np.linalg.norm(lps[:3, :2], axis=0)
+    row, column = lps[:3, 0] / spacing[0], lps[:3, 1] / spacing[1]
+    normal = np.cross(row, column)
+    heights = positions @ normal
+    if heights[-1] < heights[0]:
+        raise DicomReadError("bad-geometry", "the slices are not in order")
+    step = float(np.median(np.diff(heights)))
+    if step <= 0:
+        raise DicomReadError("bad-geometry", "the slices do not advance")
+    offsets = positions - positions[0]
+    shift = np.stack([offsets @ row / spacing[0], offsets @ column / spacing[1]], axis=1)
+    low, high = np.floor(shift.min(axis=0)).astype(int), np.ceil(shift.max(axis=0)).astype(int)
+    size = (data.shape[0] + high[0] - low[0], data.shape[1] + high[1] - low[1])
+    from scipy.ndimage import shift as move
+
+    fill = float(data.min())
+    upright = np.full((*size, data.shape[2]), fill, dtype=np.float32)
+    for number in range(data.shape[2]):
+        canvas = np.full(size, fill, dtype=np.float32)
+        canvas[-low[0] : -low[0] + data.shape[0], -low[1] : -low[1] + data.shape[1]] = data[:, :, number]
+        upright[:, :, number] = move(canvas, shift[number], order=1, mode="constant", cval=fill)
+    count = int(np.floor((heights[-1] - heights[0]) / step + 1e-6)) + 1
+    wanted = heights[0] + np.arange(count) * step
+    right = np.clip(np.searchsorted(heights, wanted), 1, len(heights) - 1)
+    weight = ((wanted - heights[right - 1]) / (heights[right] - heights[right - 1])).astype(np.float32)
+    even = upright[:, :, right - 1] * (1 - weight) + upright[:, :, right] * weight
+    result = np.eye(4)
+    result[:3, 0], result[:3, 1], result[:3, 2] = row * spacing[0], column * spacing[1], normal * step
+    result[:3, 3] = positions[0] + row * spacing[0] * low[0] + column * spacing[1] * low[1]
+    if data.dtype == np.int16:
+        even = np.rint(even).astype(np.int16)
+    return even, np.diag([-1.0, -1, 1, 1]) @ result
+
+
+def resample_onto(data: np.ndarray, affine: np.ndarray, onto: dict[str, Any]) -> np.ndarray:
+    """Linear resampling onto another grid; 0 outside."""
+    from scipy.ndimage import affine_transform
+
+    relation = np.linalg.solve(affine, np.array(onto["affine"], dtype=np.float64))
+    return affine_transform(
+        data.astype(np.float32), relation[:3, :3], relation[:3, 3], tuple(onto["shape"]), order=1, cval=0.0
+    )
+
+
+def prove_file(path: Path, affine: np.ndarray, shape: tuple[int, ...]) -> Grid:
+    """Read the written file with nabibel's and ITK's eyes: both must put every voxel where the headers do.
+
+    Raises:
+        DicomReadError: one of them does not, within 0.01 mm.
+    """
+    import SimpleITK as sitk
+
+    grid = open_nifti(path).grid
+    assert grid.affine is not None
+    distance = max_distance_mm(shape, grid.affine, affine)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        lps = np.eye(4)
+        lps[:3, :3] = np.array(reader.GetDirection()).reshape(3, 3) * np.array(reader.GetSpacing())
+        lps[:3, 3] = reader.GetOrigin()
+        distance = max(distance, max_distance_mm(shape, np.diag([-1.0, -1, 1, 1]) @ lps, affine))
+    except RuntimeError as error:
+        raise DicomReadError("geometry-not-proven", "SimpleITK does not accept the affine") from error
+    if not distance <= TOLERANCE_MM or grid.shape != tuple(shape):
+        raise DicomReadError("geometry-not-proven", f"readers of the file put voxels {distance:.3g} mm elsewhere")
+    return grid
+
+
+def same_pixel_data(first: Path, second: Path) -> bool:
+    """Whether two files hold the same encoded pixels."""
+    try:
+        one, two = read_dataset(first, pixels=True), read_dataset(second, pixels=True)
+        return bool(one.PixelData == two.PixelData)
+    except (CaseError, AttributeError):
+        return False

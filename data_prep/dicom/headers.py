@@ -1,0 +1,201 @@
+"""What is read of a DICOM header, once per file, and cached: numbers, codes, hashes of UIDs; no name, id or date."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pydicom
+from pydicom.dataset import Dataset
+
+from data_prep.errors import DicomReadError
+
+#: part of the cache key: raise it when `read_facts` changes
+FACTS_VERSION = "dicom-1"
+#: a header larger than this is not one of an image
+MAX_FRAMES = 100_000
+_MAX_PIXELS = 1 << 31
+
+_TAGS = [
+    "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID", "PatientName",
+    "FrameOfReferenceUID", "Modality", "ImageType", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
+    "PhotometricInterpretation", "BitsAllocated", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
+    "ImagerPixelSpacing", "SpacingBetweenSlices", "EchoTime", "AcquisitionNumber", "TemporalPositionIdentifier",
+    "TriggerTime", "DiffusionBValue", "InstanceNumber", "BurnedInAnnotation", "ViewPosition", "ImageLaterality",
+    "Laterality", "BodyPartExamined", "PixelPaddingValue", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence", "ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence",
+]  # fmt: skip
+#: words of ImageType that decide something; all others could be free text
+_WORDS = frozenset(
+    "ORIGINAL DERIVED PRIMARY SECONDARY LOCALIZER SCOUT MOSAIC MPR MIP MINIP PROJECTION REFORMATTED M P R I "
+    "MAGNITUDE PHASE REAL IMAGINARY AXIAL SUBTRACTION ADC FA TRACEW CSA SCREEN".split()
+) | {"PROJECTION IMAGE", "MIN IP", "SCREEN SAVE", "CSA MPR", "CSA MIP"}
+_VIEWS = frozenset("AP PA LL RL LATERAL LAT CC MLO ML LM XCCL XCCM LPO RPO LAO RAO".split())
+
+
+def read_dataset(path: os.PathLike[str] | str, *, pixels: bool = False, tags: list[str] | None = None) -> Dataset:
+    """Read one DICOM file; every way in which pydicom can fall over it becomes one error.
+
+    Raises:
+        DicomReadError: not DICOM, truncated or damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DicomReadError("unreadable-dicom", f"the header cannot be read ({type(error).__name__})") from error
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file has the DICOM preamble; names and endings tell nothing."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def hash_uid(value: Any) -> str:
+    """Short hash of an identifier, so that it can be compared but is not written."""
+    text = str(value or "")
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest() if text else ""
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Facts of one file as JSON; for `Tree.facts`.
+
+    Returns:
+        ``{"kind": "none"}`` for files that are not DICOM, ``{"kind": "damaged", "detail": ...}``, or
+        ``{"kind": "image" | "other", ...}`` with the values that `data_prep.dicom.stacks` works on.
+    """
+    if not is_dicom(path):
+        return {"kind": "none"}
+    try:
+        dataset = read_dataset(path, tags=_TAGS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _facts(dataset)
+    except DicomReadError as error:
+        return {"kind": "damaged", "detail": error.detail}
+    except Exception as error:  # values are converted when they are first looked at, and may fail in many ways
+        return {"kind": "damaged", "detail": f"a value of the header is damaged ({type(error).__name__})"}
+
+
+def _facts(dataset: Dataset) -> dict[str, Any]:
+    modality = _code(dataset.get("Modality"))
+    sop_class = str(dataset.get("SOPClassUID") or "")
+    facts: dict[str, Any] = {
+        "kind": "image" if "Rows" in dataset and "Columns" in dataset else "other",
+        "modality": modality,
+        "sop_class": sop_class if sop_class.startswith("1.2.840.10008.") else "",
+        "syntax": str(dataset.file_meta.get("TransferSyntaxUID") or ""),
+        "sop": hash_uid(dataset.get("SOPInstanceUID")),
+        "series": hash_uid(dataset.get("SeriesInstanceUID")),
+        "study": hash_uid(dataset.get("StudyInstanceUID")),
+        "patient": hash_uid(dataset.get("PatientID") or dataset.get("PatientName")),
+        "frame_of_reference": hash_uid(dataset.get("FrameOfReferenceUID")),
+        "burned_in": str(dataset.get("BurnedInAnnotation") or "").upper() == "YES",
+    }
+    references = [hash_uid(item.get("SeriesInstanceUID")) for item in dataset.get("ReferencedSeriesSequence") or []]
+    for frame in dataset.get("ReferencedFrameOfReferenceSequence") or []:
+        for study in frame.get("RTReferencedStudySequence") or []:
+            for series in study.get("RTReferencedSeriesSequence") or []:
+                references.append(hash_uid(series.get("SeriesInstanceUID")))
+    facts["references"] = sorted(set(references))
+    if facts["kind"] == "other":
+        return facts
+    image_type = dataset.get("ImageType") or []
+    words = {str(word).strip().upper() for word in ([image_type] if isinstance(image_type, str) else image_type)}
+    facts |= {
+        "words": sorted(words & _WORDS),
+        "rows": int(dataset.Rows),
+        "columns": int(dataset.Columns),
+        "samples": int(dataset.get("SamplesPerPixel") or 1),
+        "frames": int(dataset.get("NumberOfFrames") or 1),
+        "photometric": _code(dataset.get("PhotometricInterpretation")),
+        "acquisition": _number(dataset.get("AcquisitionNumber")),
+        "view": next((v for v in [_code(dataset.get("ViewPosition"))] if v in _VIEWS), ""),
+        "laterality": next(
+            (v for v in map(_code, (dataset.get("ImageLaterality"), dataset.get("Laterality"))) if v in ("L", "R")), ""
+        ),
+        "slices": [],
+    }
+    if not 0 < facts["rows"] * facts["columns"] * facts["samples"] <= _MAX_PIXELS or facts["rows"] < 1:
+        return {"kind": "damaged", "detail": "impossible size of the image"}
+    if not 1 <= facts["frames"] <= MAX_FRAMES:
+        return {"kind": "damaged", "detail": "impossible number of frames"}
+    per_frame = dataset.get("PerFrameFunctionalGroupsSequence")
+    if per_frame:
+        shared = (dataset.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+        if len(per_frame) != facts["frames"]:
+            return {"kind": "damaged", "detail": "the number of frames and of their descriptions differ"}
+        facts["slices"] = [frame_facts(item, shared, dataset) for item in per_frame]
+    else:
+        facts["slices"] = [slice_facts(dataset)]
+    return facts
+
+
+def slice_facts(dataset: Dataset) -> dict[str, Any]:
+    """Plane of a single-frame file: position, orientation, spacing, and what tells images at one place apart."""
+    return {
+        "position": _numbers(dataset.get("ImagePositionPatient"), 3),
+        "orientation": _numbers(dataset.get("ImageOrientationPatient"), 6),
+        "spacing": _numbers(dataset.get("PixelSpacing"), 2),
+        "between": _number(dataset.get("SpacingBetweenSlices")),
+        "echo": _number(dataset.get("EchoTime")),
+        "temporal": _number(dataset.get("TemporalPositionIdentifier")),
+        "trigger": _number(dataset.get("TriggerTime")),
+        "b": _number(dataset.get("DiffusionBValue")),
+    }
+
+
+def frame_facts(frame: Dataset, shared: Dataset, dataset: Dataset) -> dict[str, Any]:
+    """The same for one frame of a multi-frame file, from its functional groups."""
+
+    def group(name: str) -> Dataset:
+        items = frame.get(name) or shared.get(name)
+        return items[0] if items else Dataset()
+
+    measures, content = group("PixelMeasuresSequence"), group("FrameContentSequence")
+    echo = group("MREchoSequence").get("EffectiveEchoTime")
+    return {
+        "position": _numbers(group("PlanePositionSequence").get("ImagePositionPatient"), 3),
+        "orientation": _numbers(group("PlaneOrientationSequence").get("ImageOrientationPatient"), 6),
+        "spacing": _numbers(measures.get("PixelSpacing"), 2),
+        "between": _number(measures.get("SpacingBetweenSlices")),
+        "echo": _number(echo if echo is not None else dataset.get("EchoTime")),
+        "temporal": _number(content.get("TemporalPositionIndex")),
+        "trigger": _number(group("CardiacSynchronizationSequence").get("NominalCardiacTriggerDelayTime")),
+        "b": _number(group("MRDiffusionSequence").get("DiffusionBValue")),
+    }
+
+
+def _code(value: Any) -> str:
+    text = str(value or "").strip().upper()
+    return text if text.replace("_", "").isalnum() and len(text) <= 16 else ""
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _numbers(value: Any, count: int) -> list[float] | None:
+    """`count` finite numbers; ``None`` when absent, and an empty list when there but unusable."""
+    if value is None or value == "":
+        return None
+    try:
+        numbers = [float(item) for item in value]
+    except (TypeError, ValueError, OverflowError):
+        return []
+    return numbers if len(numbers) == count and all(math.isfinite(n) for n in numbers) else []

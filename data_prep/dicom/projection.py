@@ -1,0 +1,158 @@
+"""X-rays and mammograms as 16-bit PNG in which dense tissue is bright, with the window the file asks for."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_prep.dicom.convert import decode
+from data_prep.dicom.headers import read_dataset
+from data_prep.errors import DicomReadError
+from data_prep.geometry import Grid
+from data_prep.operations import Job, Outcome, operation
+from data_prep.operations.pictures import MAX_PIXELS, write_png
+
+
+@operation(version=1)
+def projection(job: Job) -> Outcome:
+    """One X-ray or mammogram.
+
+    Steps: stored values, modality LUT or rescale, padding to background, VOI LUT or window, inversion of MONOCHROME1
+    (or of an INVERSE presentation LUT), linear to 16 bit.
+
+    Params:
+        window: number of the VOI LUT or window, from 0; -1 for none (the full range of values).
+        max_side: shrink so that the longer side has at most this many pixels.
+        crop_breast: cut to the breast (see `breast_box`).
+    """
+    pixels, notes = render(read_dataset(job.inputs[0], pixels=True), job.inputs[0], int(job.params.get("window", 0)))
+    if job.params.get("crop_breast"):
+        top, bottom, left, right = breast_box(pixels)
+        notes.append(f"cropped to rows {top}-{bottom} and columns {left}-{right}")
+        pixels = pixels[top:bottom, left:right]
+    max_side, is_shrunk = job.params.get("max_side"), False
+    if max_side and max(pixels.shape) > max_side:
+        scale = max_side / max(pixels.shape)
+        size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
+        small = Image.fromarray(pixels.astype(np.float32)).resize(size, Image.Resampling.BOX)
+        pixels, is_shrunk = np.clip(np.rint(np.asarray(small)), 0, 65535).astype(np.uint16), True
+    write_png(job.output, Image.fromarray(np.ascontiguousarray(pixels)))
+    return Outcome(Grid((pixels.shape[1], pixels.shape[0]), None), is_resampled=is_shrunk, notes=tuple(notes))
+
+
+def render(dataset: Any, path: Any, window: int = 0) -> tuple[np.ndarray, list[str]]:
+    """Pixels of a grey 2D image as uint16, dense tissue bright.
+
+    Returns:
+        ``(rows, columns)`` and notes on what was done.
+
+    Raises:
+        DicomReadError: color, several frames, too large, or not readable.
+    """
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+    if int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0) > MAX_PIXELS:
+        raise DicomReadError("too-large", f"more than {MAX_PIXELS} pixels")
+    stored = decode(dataset, path)
+    if stored.ndim != 2:
+        raise DicomReadError("not-2d", f"the image has {stored.ndim} dimensions (color or several frames)")
+    notes = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            padding = _padding(dataset, stored)
+            values = np.asarray(apply_modality_lut(stored, dataset), dtype=np.float64)
+            low, high = _range(values, padding)
+            num_windows = _num_windows(dataset)
+            if window >= 0 and num_windows:
+                if window >= num_windows:
+                    raise DicomReadError("no-window", f"window {window} was asked for, the file has {num_windows}")
+                lut_input = np.rint(values).astype(np.int64) if dataset.get("VOILUTSequence") else values
+                values = np.asarray(apply_voi_lut(lut_input, dataset, index=window), dtype=np.float64)
+                low, high = _voi_range(dataset, values, padding, window)
+                notes.append("window of the file")
+    except DicomReadError:
+        raise
+    except Exception as error:
+        raise DicomReadError("bad-window", f"lookup table or window cannot be used ({type(error).__name__})") from error
+    if not np.isfinite([low, high]).all() or high <= low:
+        high = low + 1
+    scaled = np.clip((values - low) / (high - low), 0, 1)
+    if is_inverted(dataset):
+        scaled = 1 - scaled
+        notes.append("inverted, so that dense tissue is bright")
+    if padding is not None:
+        scaled[padding] = 0
+        notes.append("padding set to background")
+    return np.rint(scaled * 65535).astype(np.uint16), notes
+
+
+def is_inverted(dataset: Any) -> bool:
+    """Whether small values mean bright: MONOCHROME1, or an INVERSE presentation LUT.
+
+    DX and MG with MONOCHROME1 carry INVERSE as well (the standard asks for both); that is one inversion, not two.
+    """
+    shape = str(dataset.get("PresentationLUTShape") or "").upper()
+    return str(dataset.get("PhotometricInterpretation") or "") == "MONOCHROME1" or shape == "INVERSE"
+
+
+def _padding(dataset: Any, stored: np.ndarray) -> np.ndarray | None:
+    value = dataset.get("PixelPaddingValue")
+    if value is None:
+        return None
+    limit = dataset.get("PixelPaddingRangeLimit")
+    first, last = sorted((int(value), int(value if limit is None else limit)))
+    mask = (stored >= first) & (stored <= last)
+    return mask if mask.any() and not mask.all() else None
+
+
+def _range(values: np.ndarray, padding: np.ndarray | None) -> tuple[float, float]:
+    inside = values if padding is None else values[~padding]
+    return float(inside.min()), float(inside.max())
+
+
+def _num_windows(dataset: Any) -> int:
+    if dataset.get("VOILUTSequence"):
+        return len(dataset.VOILUTSequence)
+    center, width = dataset.get("WindowCenter"), dataset.get("WindowWidth")
+    if center in (None, "") or width in (None, ""):
+        return 0
+    widths = [float(width)] if isinstance(width, (int, float, str)) else [float(one) for one in width]
+    return len(widths) if all(one >= 1 for one in widths) else 0
+
+
+def _voi_range(dataset: Any, values: np.ndarray, padding: np.ndarray | None, window: int) -> tuple[float, float]:
+    """Range of the window's output, so that its full width and not only what occurs becomes 0 to 65535."""
+    if dataset.get("VOILUTSequence"):
+        bits = int(dataset.VOILUTSequence[window].LUTDescriptor[2])
+        data = dataset.VOILUTSequence[window].LUTData
+        return 0.0, float(min(2**bits - 1, max(data)) if not isinstance(data, bytes) else 2**bits - 1)
+    return _range(values, padding)
+
+
+def breast_box(pixels: np.ndarray) -> tuple[int, int, int, int]:
+    """Rows and columns (top, bottom, left, right) of the breast in a mammogram.
+
+    The largest connected bright region on a copy of at most 512 pixels (so that the result does not depend on the
+    resolution), above Otsu's threshold of its logarithm; labels burned into a corner are smaller regions and drop out.
+    Two percent of the longer side are left as margin.
+    """
+    from skimage.filters import threshold_otsu
+    from skimage.measure import label, regionprops
+
+    step = max(1, max(pixels.shape) // 512)
+    small = np.log1p(pixels[::step, ::step].astype(np.float32))
+    if small.max() <= small.min():
+        return 0, pixels.shape[0], 0, pixels.shape[1]
+    regions = regionprops(label(small > threshold_otsu(small)))
+    top, left, bottom, right = max(regions, key=lambda region: region.area).bbox
+    margin = round(0.02 * max(pixels.shape))
+    return (
+        max(0, top * step - margin),
+        min(pixels.shape[0], bottom * step + margin),
+        max(0, left * step - margin),
+        min(pixels.shape[1], right * step + margin),
+    )

@@ -1,0 +1,324 @@
+"""From header facts to stacks: which slices make one volume, in which order, on which grid, or why they do not.
+
+Nothing here looks at names of files or at InstanceNumber; order and spacing come from ImagePositionPatient alone.
+A stack is accepted only when every slice lies within the tolerance of its place on one straight, even grid.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import DicomReadError
+from data_prep.geometry import TOLERANCE_MM, lps_to_ras
+
+VOLUME_MODALITIES = frozenset({"CT", "MR", "PT", "NM"})
+PROJECTION_MODALITIES = frozenset({"CR", "DX", "MG", "RG", "PX", "IO", "XA", "RF"})
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+#: direction cosines of one stack agree to this, and have this length and right angle
+_COSINE_TOLERANCE = 1e-4
+#: a stack whose slices move sideways by more than this angle was taken with a tilted gantry
+_TILT_DEGREES = 0.05
+_MANY_ORIENTATIONS = 2
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One image plane: a single-frame file, or a frame (from 0) of a multi-frame file."""
+
+    path: str
+    frame: int
+    facts: dict[str, Any]
+    plane: dict[str, Any]
+
+    @property
+    def position(self) -> np.ndarray:
+        return np.array(self.plane["position"], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Slices in the order of their positions, on one grid.
+
+    Args:
+        slices: in order.
+        affine: RAS+, maps ``(column, row, slice)`` to mm.
+        repair: ``""`` when the grid is exact; ``"tilt"`` or ``"uneven"`` when the volume must be resampled.
+        notes: what was dropped, for the report.
+        dropped: slices that are exact copies of others.
+    """
+
+    slices: tuple[Slice, ...]
+    affine: np.ndarray
+    repair: str = ""
+    notes: tuple[str, ...] = ()
+    dropped: tuple[Slice, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        facts = self.slices[0].facts
+        return facts["columns"], facts["rows"], len(self.slices)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the user decided.
+
+    Args:
+        tilt: ``error`` or ``resample``.
+        uneven: ``error``, ``resample`` or ``largest-block``.
+        time: ``error``, or ``first`` to take the first of several time points.
+        min_slices: smaller stacks are skipped.
+        tolerance_mm: how far a slice may lie from its place on the grid.
+    """
+
+    tilt: str = "error"
+    uneven: str = "error"
+    time: str = "error"
+    min_slices: int = 2
+    tolerance_mm: float = TOLERANCE_MM
+
+
+def refusal(facts: dict[str, Any]) -> tuple[str, str] | None:
+    """Why a DICOM file is no part of a volume or projection, by its header alone: (reason, detail)."""
+    if facts["kind"] == "other":
+        return "not-an-image", f"modality {facts['modality'] or 'unknown'}"
+    words = set(facts["words"])
+    if facts["samples"] != 1 or facts["photometric"] not in ("MONOCHROME1", "MONOCHROME2", ""):
+        return "color", "only grey images are converted"
+    if words & {"LOCALIZER", "SCOUT"}:
+        return "localizer", ""
+    if words & {"SCREEN", "SCREEN SAVE"}:
+        return "screenshot", ""
+    if "DERIVED" in words and words & {"MPR", "MIP", "MINIP", "MIN IP", "PROJECTION", "PROJECTION IMAGE",
+                                       "REFORMATTED", "CSA MPR", "CSA MIP"}:  # fmt: skip
+        return "derived-view", "a reformatted view of another series"
+    return None
+
+
+def is_projection(facts: dict[str, Any]) -> bool:
+    """Whether a file is an X-ray or mammogram rather than a slice of a volume."""
+    return facts["modality"] in PROJECTION_MODALITIES
+
+
+def split_series(slices: Sequence[Slice]) -> list[list[Slice]]:
+    """Split one series into what may each be a stack: size, spacing, orientation, and physical contrast.
+
+    Echo time, b-value and magnitude or phase are properties of an image, so slices that differ in them never make one
+    volume. AcquisitionNumber is not: step-and-shoot CT counts it up inside a volume.
+    """
+    groups: list[tuple[tuple[Any, ...], np.ndarray, list[Slice]]] = []
+    for one in slices:
+        key, orientation = _stack_key(one), np.array(one.plane["orientation"] or [0.0] * 6)
+        for known, direction, members in groups:
+            if known == key and np.abs(direction - orientation).max() <= _COSINE_TOLERANCE:
+                members.append(one)
+                break
+        else:
+            groups.append((key, orientation, [one]))
+    return [members for _, _, members in groups]
+
+
+def _stack_key(one: Slice) -> tuple[Any, ...]:
+    facts, plane = one.facts, one.plane
+    part = tuple(sorted(set(facts["words"]) & {"M", "P", "R", "I", "MAGNITUDE", "PHASE", "REAL", "IMAGINARY"}))
+    spacing = tuple(round(value, 5) for value in plane["spacing"] or ())
+    echo = None if plane["echo"] is None else round(plane["echo"], 2)
+    return (
+        facts["rows"],
+        facts["columns"],
+        spacing,
+        part,
+        echo,
+        plane["b"],
+        facts["modality"],
+        "MOSAIC" in facts["words"],
+    )
+
+
+def num_orientations(slices: Sequence[Slice]) -> int:
+    """Number of clearly different plane orientations (more than 1 degree apart)."""
+    normals: list[np.ndarray] = []
+    for one in slices:
+        orientation = one.plane["orientation"]
+        if orientation:
+            normal = np.cross(orientation[:3], orientation[3:])
+            if not any(abs(float(normal @ other)) > np.cos(np.radians(1.0)) for other in normals):
+                normals.append(normal)
+    return len(normals)
+
+
+def build_stacks(slices: Sequence[Slice], policy: Policy, same_pixels: Callable[[Slice, Slice], bool]) -> list[Stack]:
+    """Make the volumes of one group of `split_series`.
+
+    Args:
+        slices: of one group.
+        policy: of the user.
+        same_pixels: whether two slices hold the same pixels; called for slices at one position only.
+
+    Returns:
+        One stack, or one per time point or acquisition where these tell overlapping slices apart and the policy wants
+        them.
+
+    Raises:
+        DicomReadError: with the name of the fault.
+    """
+    for one in slices:
+        _check_plane(one)
+    ordered, dropped = _drop_copies(sorted(slices, key=_order), policy.tolerance_mm, same_pixels)
+    parts = _separate_overlaps(ordered, policy.tolerance_mm)
+    if len(parts) > 1:
+        if policy.time == "error":
+            raise DicomReadError(
+                "time-points",
+                f"{len(parts)} images at every position (time points or phases); take one with --time first",
+            )
+        note = f"time point 1 of {len(parts)} was taken"
+        return [_build(parts[0], policy, dropped, (note,))]
+    return [_build(ordered, policy, dropped, ())]
+
+
+def _order(one: Slice) -> tuple[Any, ...]:
+    orientation = np.array(one.plane["orientation"])
+    normal = np.cross(orientation[:3], orientation[3:])
+    plane = one.plane
+    times = tuple(value if value is not None else -1.0 for value in (plane["temporal"], plane["trigger"]))
+    acquisition = one.facts["acquisition"] if one.facts["acquisition"] is not None else -1.0
+    # The last keys only make the order independent of the order of the input.
+    return round(float(one.position @ normal), 4), *times, acquisition, one.facts["sop"], one.frame, one.path
+
+
+def _check_plane(one: Slice) -> None:
+    plane = one.plane
+    for name in ("position", "orientation", "spacing"):
+        if plane[name] is None:
+            raise DicomReadError("no-position", f"a slice lacks its {name}")
+        if not plane[name]:
+            raise DicomReadError("bad-geometry", f"the {name} of a slice is not a list of finite numbers")
+    orientation = np.array(plane["orientation"])
+    row, column = orientation[:3], orientation[3:]
+    lengths = abs(np.linalg.norm(row) - 1), abs(np.linalg.norm(column) - 1)
+    if max(*lengths, abs(float(row @ column))) > _COSINE_TOLERANCE:
+        raise DicomReadError("bad-geometry", "the direction cosines of a slice are no unit vectors at a right angle")
+    if min(plane["spacing"]) <= 1e-3 or max(plane["spacing"]) > 1e3:
+        raise DicomReadError("bad-geometry", "the pixel spacing of a slice is zero or absurd")
+    if np.abs(one.position).max() > 1e5:
+        raise DicomReadError("bad-geometry", "the position of a slice is absurd")
+
+
+def _drop_copies(
+    ordered: Sequence[Slice], tolerance_mm: float, same_pixels: Callable[[Slice, Slice], bool]
+) -> tuple[list[Slice], tuple[Slice, ...]]:
+    kept: list[Slice] = []
+    dropped = []
+    for one in ordered:
+        twins = [other for other in reversed(kept[-64:]) if np.abs(other.position - one.position).max() <= tolerance_mm]
+        if any((t.facts["sop"] and t.facts["sop"] == one.facts["sop"] and t.frame == one.frame) or same_pixels(t, one)
+               for t in twins):  # fmt: skip
+            dropped.append(one)
+        else:
+            kept.append(one)
+    return kept, tuple(dropped)
+
+
+def _separate_overlaps(ordered: Sequence[Slice], tolerance_mm: float) -> list[list[Slice]]:
+    """Tell images at one position apart by a time-like key that does so completely, else refuse."""
+    positions: list[np.ndarray] = []
+    index = []
+    for one in ordered:
+        if not positions or np.abs(positions[-1] - one.position).max() > tolerance_mm:
+            positions.append(one.position)
+        index.append(len(positions) - 1)
+    if len(positions) == len(ordered):
+        return [list(ordered)]
+    if len(positions) == 1:
+        raise DicomReadError("same-position", f"{len(ordered)} different slices lie at one position; not a volume")
+    keys: list[Callable[[Slice], Any]] = [
+        lambda one: one.plane["temporal"],
+        lambda one: one.plane["trigger"],
+        lambda one: one.facts["acquisition"],
+    ]
+    for key in keys:
+        parts: dict[Any, list[int]] = defaultdict(list)
+        for number, one in enumerate(ordered):
+            parts[key(one)].append(number)
+        places = [[index[number] for number in members] for members in parts.values()]
+        if None not in parts and len(parts) > 1 and all(p == list(range(len(positions))) for p in places):
+            return [[ordered[number] for number in parts[value]] for value in sorted(parts)]
+    raise DicomReadError(
+        "same-position", f"{len(ordered)} different slices lie at {len(positions)} positions; nothing tells them apart"
+    )
+
+
+def _build(slices: list[Slice], policy: Policy, dropped: tuple[Slice, ...], notes: tuple[str, ...]) -> Stack:
+    if dropped:
+        notes = (*notes, f"{len(dropped)} slices that are there twice were dropped")
+    if len(slices) < max(policy.min_slices, 2):
+        raise DicomReadError("too-few-slices", f"{len(slices)} slices; at least {max(policy.min_slices, 2)} are needed")
+    positions = np.array([one.position for one in slices])
+    orientation = np.array(slices[0].plane["orientation"])
+    normal = np.cross(orientation[:3], orientation[3:])
+    heights = positions @ normal
+    steps = np.diff(heights)
+    step = (positions[-1] - positions[0]) / (len(slices) - 1)
+    deviation = np.linalg.norm(positions - positions[0] - np.arange(len(slices))[:, None] * step, axis=1)
+    # The angle is that between first and last slice; a single slice out of line shows in `deviation`.
+    sideways = float(np.linalg.norm(step - (step @ normal) * normal))
+    tilt = float(np.degrees(np.arctan2(sideways, abs(float(step @ normal)))))
+    repair = ""
+    if _is_uneven(steps, policy.tolerance_mm):
+        if policy.uneven == "largest-block":
+            block = _largest_block(steps, policy.tolerance_mm)
+            note = f"{block.stop - block.start} of {len(slices)} slices were kept (largest even block)"
+            strict = Policy(policy.tilt, "error", policy.time, policy.min_slices, policy.tolerance_mm)
+            return _build(slices[block], strict, (), (*notes, note))
+        if policy.uneven == "error":
+            raise DicomReadError(*_name_uneven(steps))
+        repair = "uneven"
+    if tilt > _TILT_DEGREES:
+        if policy.tilt == "error":
+            raise DicomReadError("gantry-tilt", f"the slices are sheared by {tilt:.2f} degrees; see --tilt")
+        repair = repair or "tilt"
+    elif not repair and deviation.max() > policy.tolerance_mm:
+        raise DicomReadError("uneven-positions", f"slices lie up to {deviation.max():.3g} mm from a straight, even row")
+    return Stack(tuple(slices), make_affine(slices[0].plane, positions[0], step), repair, notes, dropped)
+
+
+def make_affine(plane: dict[str, Any], origin: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """RAS+ matrix of ``(column, row, slice)``; PixelSpacing is (between rows, between columns)."""
+    affine = np.eye(4)
+    affine[:3, 0] = np.array(plane["orientation"][:3]) * plane["spacing"][1]
+    affine[:3, 1] = np.array(plane["orientation"][3:]) * plane["spacing"][0]
+    affine[:3, 2] = step
+    affine[:3, 3] = origin
+    return lps_to_ras(affine)
+
+
+def _is_uneven(steps: np.ndarray, tolerance_mm: float) -> bool:
+    ideal = np.arange(1, len(steps) + 1) * (steps.sum() / len(steps))
+    return bool(np.abs(np.cumsum(steps) - ideal).max() > tolerance_mm)
+
+
+def _name_uneven(steps: np.ndarray) -> tuple[str, str]:
+    smallest = float(steps.min())
+    multiples = steps / smallest
+    if smallest > 0 and np.abs(multiples - np.round(multiples)).max() < 0.02 and np.round(multiples).max() < 1000:
+        missing = int(np.round(multiples).sum() - len(steps))
+        if missing:
+            return "missing-slice", f"{missing} slices are missing (steps of {smallest:.4g} to {steps.max():.4g} mm)"
+    return "uneven-spacing", f"steps from {smallest:.4g} to {steps.max():.4g} mm"
+
+
+def _largest_block(steps: np.ndarray, tolerance_mm: float) -> slice:
+    best = slice(0, 1)
+    for start in range(len(steps)):
+        stop = start + 1
+        while stop <= len(steps) and not _is_uneven(steps[start:stop], tolerance_mm):
+            stop += 1
+        if stop - start > best.stop - best.start:
+            best = slice(start, stop)
+    return best
