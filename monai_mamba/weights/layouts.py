@@ -74,6 +74,8 @@ class Layout:
 
 # Helpers to read arguments
 
+_MAX_MODULES = 256
+
 
 def shape_of(shapes: Shapes, key: str, ndim: int | None = None) -> tuple[int, ...]:
     """Return the shape of a tensor that must be there, with at least ``ndim`` axes."""
@@ -86,9 +88,12 @@ def shape_of(shapes: Shapes, key: str, ndim: int | None = None) -> tuple[int, ..
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """Return one more than the largest number that ``pattern`` captures among the names, 0 if there is none."""
-    numbers = [int(match[1]) for key in shapes if (match := re.match(pattern, key))]
-    return max(numbers, default=-1) + 1
+    """Return how many modules ``pattern`` numbers among the names; they must be numbered without a gap."""
+    numbers = {int(match[1]) for key in shapes if (match := re.match(pattern, key))}
+    # A few names must not be able to ask for a network of a million blocks.
+    if len(numbers) > _MAX_MODULES or numbers != set(range(len(numbers))):
+        raise LayoutError(f"its modules `{pattern}` are numbered with gaps or are more than {_MAX_MODULES}")
+    return len(numbers)
 
 
 def has(keys: Set[str], pattern: str) -> bool:

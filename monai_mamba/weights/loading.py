@@ -20,6 +20,7 @@ Source = os.PathLike[str] | str | Mapping[str, Tensor]
 
 #: Prefixes that wrappers put before every name: DataParallel, torch.compile, Lightning and hand-made wrappers.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "network.", "net.")
+_MAX_NAMES = 10_000
 #: Counters that thop leaves in the state dict of a network it has measured.
 _COUNTERS = ("total_ops", "total_params")
 
@@ -74,6 +75,11 @@ def _open(source: Source, weights: str | None, limits: Limits | None) -> _Weight
             raise CheckpointError(f"there is no state dict under {weights!r}", "state dict")
     elif nested := [name for name in STATE_DICT_NAMES if isinstance(tensors.get(name), Mapping)]:
         tensors = dict(tensors[nested[0]])
+    # Arrays as numpy and safetensors.numpy give them are as good.
+    tensors = {
+        k: torch.from_numpy(v) if type(v).__module__ == "numpy" and hasattr(v, "ndim") else v
+        for k, v in tensors.items()
+    }
     wrong = [key for key, value in tensors.items() if not isinstance(value, Tensor)]
     if wrong or not tensors:
         raise CheckpointError(
@@ -101,6 +107,8 @@ def recognize(shapes: Mapping[str, tuple[int, ...]], *, layout: str | None = Non
     Raises:
         CheckpointError: if no layout fits or names and shapes contradict each other.
     """
+    if len(shapes) > _MAX_NAMES:
+        raise CheckpointError(f"it has {len(shapes)} tensors, more than any network here")
     stripped = _strip_wrappers(shapes)
     ignored = {key: "counter of thop" for key, name in stripped.items() if name.rpartition(".")[2] in _COUNTERS}
     stripped = {key: name for key, name in stripped.items() if key not in ignored}
@@ -122,7 +130,7 @@ def recognize(shapes: Mapping[str, tuple[int, ...]], *, layout: str | None = Non
                 ours.setdefault(name, tuple(shapes[key]))
             try:
                 arguments = entry.arguments(ours)
-            except (LayoutError, IndexError, ZeroDivisionError) as error:
+            except (ValueError, IndexError, ZeroDivisionError) as error:
                 raise CheckpointError(f"it looks like {entry.title}, but {error}") from error
             return Recognized(entry, arguments, names_here, ignored)
     shown = ", ".join(list(stripped.values())[:3])
@@ -454,7 +462,7 @@ def _find_part(model: nn.Module, found: Recognized, opened: _Weights) -> tuple[s
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     try:
         needed = found.layout.arguments(shapes)
-    except (LayoutError, IndexError):
+    except (LayoutError, IndexError, ZeroDivisionError):
         needed = None
     return f"{outer[0]}." if outer[0] else "", needed
 

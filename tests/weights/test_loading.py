@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -435,6 +437,45 @@ def test_huge_network_claimed_by_a_small_file_gets_no_memory(medmamba_file):
     weights["patch_embed.proj.weight"] = torch.zeros(2**20, 3, 1, 1)  # would be a network of 10**14 parameters
     with pytest.raises(CheckpointError, match=r"does not fit|no such network"):
         from_published(weights)
+
+
+def test_million_blocks_claimed_by_a_few_names_are_refused_at_once(medmamba_file):
+    key = "layers.2.blocks.999999.self_attention.Ds"
+    with pytest.raises(CheckpointError, match="numbered with gaps"):
+        from_published({**medmamba_file, key: torch.zeros(1)})
+    many = {f"layers.0.blocks.{i}.self_attention.Ds": torch.zeros(1) for i in range(9000)}
+    with pytest.raises(CheckpointError, match="more than 256"):
+        from_published({**medmamba_file, **many})
+    with pytest.raises(CheckpointError, match="more than any network here"):
+        from_published({**medmamba_file, **{f"x.{i}": torch.zeros(1) for i in range(10_000)}})
+
+
+def test_arrays_are_taken_for_tensors(medmamba_file):
+    network = from_published({key: value.numpy() for key, value in medmamba_file.items()})
+    assert same(network.state_dict(), from_published(medmamba_file).state_dict())
+
+
+def test_damaged_files_of_a_network_are_refused_or_equal(tmp_path, medmamba_file):
+    """Cut at every 5 percent, flipped bits: an error within three seconds, or exactly the network of the file."""
+    path = tmp_path / "medmamba.pth"
+    torch.save(medmamba_file, path)
+    good, expected = path.read_bytes(), from_published(path).state_dict()
+    damaged = [good[: len(good) * percent // 100] for percent in range(0, 100, 5)]
+    generator = np.random.default_rng(0)
+    for position, bit in zip(generator.integers(len(good), size=30), generator.integers(8, size=30), strict=True):
+        damaged.append(good[:position] + bytes([good[position] ^ (1 << int(bit))]) + good[position + 1 :])
+    refused = 0
+    for data in damaged:
+        path.write_bytes(data)
+        start = time.perf_counter()
+        try:
+            network = from_published(path)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert same(network.state_dict(), expected)
+        assert time.perf_counter() - start < 3
+    assert refused >= 45
 
 
 def test_wrong_arguments_are_named():
