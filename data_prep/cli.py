@@ -170,6 +170,18 @@ def merge(out: Annotated[Path, typer.Argument(help="Folder of the data set.")], 
     raise typer.Exit(_tell(finish(Plan.load(folder), out, folder), folder))
 
 
+@app.command("check", help="Verify checksums, geometry, labels, descriptions and folds of a finished data set.")
+def check(out: Annotated[Path, typer.Argument(help="Folder of the data set.")]) -> None:
+    from data_prep.check import check_data_set
+
+    findings = check_data_set(out)
+    for problem in findings.problems:
+        typer.echo(problem)
+    number = len(findings.problems)
+    typer.echo(f"{findings.num_cases} cases, {findings.num_files} files, {number} problem{'' if number == 1 else 's'}")
+    raise typer.Exit(EXIT_SOME_FAILED if number else EXIT_DONE)
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     """``"3/16"`` as ``(3, 16)``; ``"auto"`` from the variables of a Slurm array.
 
@@ -210,9 +222,12 @@ def _check_folders(inputs: Sequence[Path], out: Path) -> None:
 def _tell(report: Any, private: Path) -> int:
     for kind, counts in report.counts.items():
         total = counts["total"]
-        typer.echo(f"{kind}s: {total} = " + " + ".join(f"{counts[s]} {s}" for s in counts if s != "total"))
+        typer.echo(f"{kind}: {total} = " + " + ".join(f"{counts[s]} {s}" for s in counts if s != "total"))
     for note in report.notes:
         typer.echo(f"note: {note}")
+    if not report.counts.get("case"):
+        typer.secho(f"nothing was converted; {private / 'report.csv'} says why", fg=typer.colors.RED, err=True)
+        return EXIT_SOME_FAILED if report.num_failed else EXIT_FAILED
     if report.num_failed:
         typer.secho(f"{report.num_failed} lines failed; see {private / 'report.csv'}", fg=typer.colors.RED, err=True)
         return EXIT_SOME_FAILED

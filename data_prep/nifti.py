@@ -26,8 +26,10 @@ MAX_GZIP_RATIO = 1032
 MAX_BYTES = 16 << 30
 GZIP_LEVEL = 6
 _CHUNK = 1 << 20
-#: qform and sform may differ by single precision and by the rounding of a quaternion
-FORM_TOLERANCE_MM = 0.05
+#: qform and sform may differ by this, plus, per mm of extent, what a quaternion in single precision loses: its first
+#: component is recomputed as a root of a difference, which costs up to sqrt(2 * 2**-24) = 3.5e-4 rad near a half turn
+FORM_TOLERANCE_MM = 0.01
+FORM_TOLERANCE_RAD = 6e-4
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def _affine(header: nib.Nifti1Header, form: Form) -> np.ndarray:
         sform, qform = header.get_sform().astype(np.float64), header.get_qform().astype(np.float64)
         shape = tuple(int(n) for n in header["dim"][1:4])
         distance = max_distance_mm(shape, sform, qform)
-        if not distance <= FORM_TOLERANCE_MM:
+        extent = float(np.linalg.norm(sform[:3, :3] @ (np.array(shape) - 1)))
+        if not distance <= FORM_TOLERANCE_MM + FORM_TOLERANCE_RAD * extent:
             raise ImageReadError(
                 "qform-sform-disagree", f"voxels lie up to {distance:.3g} mm apart; choose with --form sform or qform"
             )
@@ -181,14 +184,13 @@ def write_nifti(path: os.PathLike[str] | str, data: np.ndarray, affine: np.ndarr
     Args:
         path: ends with ``.nii`` or ``.nii.gz``.
         data: ``(i, j, k)``; any type NIfTI knows.
-        affine: RAS+, written as sform, and as qform when it has no shear.
+        affine: RAS+, written as sform, and as qform too when a quaternion holds it to 0.001 mm.
     """
     image = nib.Nifti1Image(data, affine)
     image.header.set_xyzt_units("mm", "sec")
     image.set_sform(affine, 1)
-    try:
-        image.set_qform(affine, 1, strip_shears=False)
-    except nib.spatialimages.HeaderDataError:
+    image.set_qform(affine, 1)
+    if not max_distance_mm(data.shape, image.get_qform(), affine) <= 1e-3:
         image.set_qform(None, 0)
     content = image.to_bytes()
     with open(path, "wb") as file:

@@ -10,6 +10,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pydicom
 from PIL import Image
 
 from data_prep.cli import convert
@@ -127,3 +128,54 @@ def report_lines(out: Path) -> dict[tuple[str, str, str], tuple[str, str]]:
 def tree_bytes(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its content."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def dicom_slice(
+    position: Sequence[float],
+    pixels: np.ndarray,
+    number: int = 1,
+    orientation: Sequence[float] = (1, 0, 0, 0, 1, 0),
+    spacing: Sequence[float] = (0.7, 0.8),
+    **tags: Any,
+) -> pydicom.Dataset:
+    """A CT slice in memory; `tags` set further attributes by keyword."""
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.4.5.{number}"
+    data.StudyInstanceUID, data.SeriesInstanceUID, data.FrameOfReferenceUID = "1.2.3.1", "1.2.3.2", "1.2.3.3"
+    data.Modality, data.PatientID, data.PatientName = "CT", "P1", "Doe^Jane"
+    data.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    data.InstanceNumber = number
+    data.ImagePositionPatient = [float(x) for x in position]
+    data.ImageOrientationPatient = [float(x) for x in orientation]
+    data.PixelSpacing = [float(x) for x in spacing]
+    data.SliceThickness = 2.0
+    data.Rows, data.Columns = pixels.shape
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
+    data.RescaleSlope, data.RescaleIntercept = 1, -1024
+    data.PixelData = pixels.astype("<i2").tobytes()
+    for name, value in tags.items():
+        setattr(data, name, value)
+    return data
+
+
+def dicom_series(
+    count: int = 6, shape: tuple[int, int] = (20, 16), step: float = 2.5, **tags: Any
+) -> list[pydicom.Dataset]:
+    """A regular axial CT series in memory, as a list of data sets that a test may damage."""
+    generator = np.random.default_rng(7)
+    return [
+        dicom_slice((-10.0, -20.0, 30.0 + step * k), generator.integers(0, 2000, shape), k + 1, **tags)
+        for k in range(count)
+    ]
+
+
+def save_dicom(folder: Path, series: Sequence[pydicom.Dataset]) -> Path:
+    """Write data sets under names that say nothing about their order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, data in enumerate(series):
+        data.save_as(folder / f"IM{(i * 7919) % 10007:05d}", enforce_file_format=True)
+    return folder

@@ -1,0 +1,238 @@
+"""``monai-mamba-data check``: does a data set still hold what its manifest says, and does nobody leak between folds?"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from data_prep.engine.files import sha256
+from data_prep.engine.run import MANIFEST
+from data_prep.errors import CaseError, UsageError
+from data_prep.geometry import Grid, grid_difference
+
+#: files of the data set that no manifest line names
+_DOCUMENTS = {MANIFEST, "dataset.json", "datalist.json", "cases.csv", "report.csv", "report.json", "splits_final.json"}
+
+
+@dataclass
+class Findings:
+    """What `check_data_set` found: lines ``reason: where: detail``, and how much it looked at."""
+
+    problems: list[str] = field(default_factory=list)
+    num_cases: int = 0
+    num_files: int = 0
+
+    def add(self, reason: str, where: str, detail: str = "") -> None:
+        self.problems.append(f"{reason}: {where}" + (f": {detail}" if detail else ""))
+
+
+def check_data_set(out: Path) -> Findings:
+    """Verify every file, the descriptions, and the folds of a data set.
+
+    Checked: checksum and size of every file; that it opens and has the grid of the manifest; that the files of a case
+    share one grid; label values against the manifest and ``dataset.json``; that ``dataset.json`` or ``datalist.json``
+    and ``splits_final.json`` name exactly the files that are there; that no patient and no identical image is on two
+    sides of a split.
+
+    Raises:
+        UsageError: `out` is no data set of this package.
+    """
+    lines = _read_manifest(out)
+    findings = Findings(num_cases=len(lines))
+    allowed = _allowed_labels(out)
+    for line in lines:
+        grids: list[Grid] = []
+        for number, file in enumerate(line["files"]):
+            findings.num_files += 1
+            grid = _check_file(out, file, number >= line["images"], allowed, findings)
+            if grid is not None:
+                grids.append(grid)
+        if line["same_grid"]:
+            for grid in grids[1:]:
+                difference = grid_difference(grids[0], grid)
+                if difference:
+                    findings.add("grids-differ", line["case"], difference)
+    _check_strays(out, lines, findings)
+    _check_documents(out, lines, findings)
+    _check_leakage(out, lines, findings)
+    return findings
+
+
+def _read_manifest(out: Path) -> list[dict[str, Any]]:
+    try:
+        with open(out / MANIFEST, encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file]
+        for line in lines:
+            line["case"], line["patient"], line["part"], line["files"], line["images"], line["same_grid"]
+    except OSError as error:
+        raise UsageError(f"{out} has no {MANIFEST}; it is not a finished data set of this command.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{MANIFEST} is damaged; make the data set again.") from error
+    return lines
+
+
+def _allowed_labels(out: Path) -> set[int] | None:
+    try:
+        labels = json.loads((out / "dataset.json").read_text())["labels"]
+        return {v for value in labels.values() for v in ([value] if isinstance(value, int) else value)} | {0}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _check_file(
+    out: Path, file: dict[str, Any], is_label: bool, allowed: set[int] | None, findings: Findings
+) -> Grid | None:
+    path = out / file["path"]
+    try:
+        if path.stat().st_size != file["bytes"] or sha256(path) != file["sha256"]:
+            findings.add("checksum", file["path"], "the file has changed")
+    except OSError:
+        findings.add("missing-file", file["path"])
+        return None
+    try:
+        if path.name.endswith((".nii", ".nii.gz")):
+            return _check_nifti(path, file, is_label, allowed, findings)
+        if path.suffix == ".png":
+            from data_prep.operations.pictures import open_picture
+
+            size = list(open_picture(path)[0].size)
+            if "grid" in file and size != file["grid"]["shape"]:
+                findings.add("size-differs", file["path"], f"{size} against {file['grid']['shape']} in the manifest")
+    except CaseError as error:
+        findings.add(error.reason, file["path"], error.detail)
+    return None
+
+
+def _check_nifti(
+    path: Path, file: dict[str, Any], is_label: bool, allowed: set[int] | None, findings: Findings
+) -> Grid:
+    from data_prep.nifti import open_nifti, verify_stream
+    from data_prep.operations.volumes import to_integers
+
+    nifti = open_nifti(path)
+    if "grid" in file:
+        difference = grid_difference(Grid.from_json(file["grid"]), nifti.grid)
+        if difference:
+            findings.add("geometry", file["path"], difference)
+    if is_label:
+        found = [int(value) for value in np.unique(to_integers(nifti.read()))]
+        if "labels" in file and found != file["labels"]:
+            findings.add("label-values", file["path"], f"{found} against {file['labels']} in the manifest")
+        if allowed is not None and set(found) - allowed:
+            findings.add("label-values", file["path"], f"{sorted(set(found) - allowed)} are not in dataset.json")
+    else:
+        verify_stream(nifti)
+    return nifti.grid
+
+
+def _check_strays(out: Path, lines: list[dict[str, Any]], findings: Findings) -> None:
+    known = {file["path"] for line in lines for file in line["files"]} | _DOCUMENTS
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        if name.split("/")[0].startswith(".tmp-"):
+            if path.parent == out:
+                findings.add("leftover", name, "of a run that was stopped; run it again to its end")
+        elif not path.is_dir() and name not in known:
+            findings.add("unknown-file", name, "not in the manifest")
+
+
+def _check_documents(out: Path, lines: list[dict[str, Any]], findings: Findings) -> None:
+    training = {line["case"] for line in lines if line["part"] != "test"}
+    if (out / "dataset.json").exists():
+        content = _json(out / "dataset.json", findings)
+        if content is not None:
+            number = len([line for line in lines if line["part"] != "test" and _in_training(line)])
+            if content.get("numTraining") != number:
+                findings.add("dataset.json", "numTraining", f"{content.get('numTraining')} against {number} cases")
+            channels = len(content.get("channel_names", {}))
+            for line in lines:
+                if line["images"] != channels:
+                    findings.add("dataset.json", line["case"], f"{line['images']} images, {channels} channels")
+    if (out / "datalist.json").exists():
+        content = _json(out / "datalist.json", findings)
+        if content is not None:
+            parts = ("training", "validation", "testing")
+            named = {
+                str(PurePosixPath(value))
+                for part in parts
+                for entry in content.get(part, [])
+                for key, values in entry.items()
+                if key.startswith(("image", "label"))
+                for value in (values if isinstance(values, list) else [values])
+                if isinstance(value, str)
+            }
+            there = {file["path"] for line in lines for file in line["files"]}
+            for name in sorted(named ^ there):
+                findings.add("datalist.json", name, "is in only one of datalist and manifest")
+    if (out / "splits_final.json").exists():
+        for number, split in enumerate(_json(out / "splits_final.json", findings) or []):
+            both = set(split["train"]) & set(split["val"])
+            unknown = (set(split["train"]) | set(split["val"])) - training
+            for case in sorted(both):
+                findings.add("leakage", case, f"is in training and validation of fold {number}")
+            for case in sorted(unknown):
+                findings.add("splits_final.json", case, "is not a training case")
+
+
+def _in_training(line: dict[str, Any]) -> bool:
+    return not any(file["path"].startswith("imagesTs/") for file in line["files"])
+
+
+def _json(path: Path, findings: Findings) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        findings.add("damaged-document", path.name)
+        return None
+
+
+def _check_leakage(out: Path, lines: list[dict[str, Any]], findings: Findings) -> None:
+    sides: dict[str, str] = {}
+    for line in lines:
+        fold = "" if line["fold"] is None else f" fold {line['fold']}"
+        sides[line["case"]] = f"{line['part']}{fold}"
+    for case, side in _sides_of_splits_file(out).items():
+        sides[case] = side
+    patients: dict[str, set[str]] = defaultdict(set)
+    images: dict[str, dict[str, str]] = defaultdict(dict)
+    for line in lines:
+        patients[line["patient"]].add(sides[line["case"]])
+        for file in line["files"][: line["images"]]:
+            images[file["sha256"]][sides[line["case"]]] = line["case"]
+    for patient in sorted(patients):
+        if len(patients[patient]) > 1:
+            findings.add("leakage", patient, f"one patient on several sides: {sorted(patients[patient])}")
+    for found in images.values():
+        if len(found) > 1:
+            findings.add("leakage", " and ".join(sorted(found.values())), f"identical images in {sorted(found)}")
+    _check_cases_table(out, lines, findings)
+
+
+def _sides_of_splits_file(out: Path) -> dict[str, str]:
+    """What an edited splits_final.json says, which is what nnU-Net trains with."""
+    try:
+        splits = json.loads((out / "splits_final.json").read_text())
+        return (
+            {case: f"train fold {number}" for number, split in enumerate(splits) for case in split["val"]}
+            if (len(splits) > 1)
+            else {}
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _check_cases_table(out: Path, lines: list[dict[str, Any]], findings: Findings) -> None:
+    try:
+        with open(out / "cases.csv", newline="", encoding="utf-8") as file:
+            rows = {row["case"]: row["patient"] for row in csv.DictReader(file)}
+    except (OSError, KeyError, csv.Error):
+        findings.add("damaged-document", "cases.csv")
+        return
+    if rows != {line["case"]: line["patient"] for line in lines}:
+        findings.add("cases.csv", "cases", "the table and the manifest name different cases or patients")
