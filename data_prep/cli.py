@@ -182,6 +182,30 @@ def check(out: Annotated[Path, typer.Argument(help="Folder of the data set.")]) 
     raise typer.Exit(EXIT_SOME_FAILED if number else EXIT_DONE)
 
 
+@app.command("to-dicom-seg", help="Write a label map as a DICOM-SEG object of the series it was predicted from.")
+def to_dicom_seg(
+    label_map: Annotated[Path, typer.Argument(help="NIfTI label map on the grid of the series.")],
+    series: Annotated[Path, typer.Option(help="Folder with the DICOM files of the series.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="File to write, .dcm.", show_default=False)],
+    segment: Annotated[list[str], typer.Option(help="VALUE=NAME of a segment; one for each value in the map.")],
+    description: Annotated[str, typer.Option(help="SeriesDescription of the new object.")] = "Segmentation",
+) -> None:
+    from data_prep.dicom.headers import is_dicom
+    from data_prep.dicom.labels import write_dicom_seg
+
+    segments: dict[int, str] = {}
+    for text in segment:
+        value, equals, name = text.partition("=")
+        if not equals or not value.isdigit() or not 0 < int(value) < 65536 or not name.strip():
+            raise UsageError(f"--segment must be VALUE=NAME with a value above 0, got {text!r}.")
+        segments[int(value)] = name.strip()
+    if not label_map.is_file() or not series.is_dir():
+        raise UsageError("the label map must be a file and --series a folder; check both paths.")
+    files = [path for path in sorted(series.iterdir()) if path.is_file() and is_dicom(path)]
+    count = write_dicom_seg(label_map, files, out.absolute(), segments, series_description=description)
+    typer.echo(f"{count} segments written")
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     """``"3/16"`` as ``(3, 16)``; ``"auto"`` from the variables of a Slurm array.
 

@@ -1,0 +1,95 @@
+"""A folder per class with 2D images in it, as torchvision's ImageFolder reads it; official parts are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, ClassVar, cast
+
+import typer
+
+from data_prep.book import Book
+from data_prep.errors import UsageError
+from data_prep.model import Case, Description, Make, OfficialSplit, Source
+from data_prep.tree import Tree
+
+_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+_PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+          "testing": "test"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Images(Source):
+    """Folder per class with PNG, JPEG, TIFF or BMP images; train, val and test folders above the classes are kept."""
+
+    name: ClassVar[str] = "images"
+    identifiers: ClassVar = "personal"
+    layouts: ClassVar[tuple[str, ...]] = ("monai",)
+
+    patient_regex: Annotated[
+        str, typer.Option(help="Regular expression whose one group finds the patient in the path below the input.")
+    ] = ""
+    max_side: Annotated[int, typer.Option(help="Longer side at most this many pixels; 0 keeps the size.", min=0)] = 0
+
+    def plan(self, tree: Tree, book: Book) -> Description:
+        pattern = self._pattern()
+        found: list[tuple[str, str, str | None]] = []
+        for path in tree.match("**/*"):
+            if not path.lower().endswith(_ENDINGS):
+                continue
+            folders = PurePosixPath(path).parts[:-1]
+            if not folders or folders[-1].lower() in _PARTS:
+                book.skip(path, "no-class", "the image lies in no class folder")
+                continue
+            part = _PARTS.get(folders[-2].lower()) if len(folders) > 1 else None
+            found.append((path, folders[-1], part))
+        if not found:
+            raise UsageError("the input holds no image in a class folder (CLASS/image.png); check the path.")
+        classes = {name: number for number, name in enumerate(sorted({name for _, name, _ in found}))}
+        digests: dict[str, list[tuple[str, str, str | None]]] = {}
+        for one in found:
+            digests.setdefault(tree.facts(one[0], "sha256", _digest), []).append(one)
+        for digest, copies in digests.items():
+            if len({name for _, name, _ in copies}) > 1:
+                book.fail([path for path, _, _ in copies], "contradicting-classes", "one image in several classes")
+                continue
+            # A copy in the test part must not be trained on: the strictest part keeps the image.
+            copies.sort(key=lambda one: ("test", "val", "train", None).index(one[2]))
+            path, name, part = copies[0]
+            book.skip([copy for copy, _, _ in copies[1:]], "duplicate", "the same image is there already")
+            match = pattern.search(path) if pattern else None
+            if pattern and not match:
+                book.fail(path, "no-patient", "--patient-regex does not fit the path")
+                continue
+            params: dict[str, Any] = {"max_side": self.max_side} if self.max_side else {}
+            book.add(
+                Case(
+                    key=path,
+                    group=match[1] if match else digest,
+                    images=(Make("operations.pictures:picture", (path,), params),),
+                    target=classes[name],
+                    split=cast("OfficialSplit | None", part),
+                    same_grid=False,
+                )
+            )
+        return Description("Images", "classification", ("image",), classes, file_ending=".png")
+
+    def _pattern(self) -> re.Pattern[str] | None:
+        if not self.patient_regex:
+            return None
+        try:
+            pattern = re.compile(self.patient_regex)
+        except re.error as error:
+            raise UsageError("--patient-regex is not a regular expression.") from error
+        if pattern.groups != 1:
+            raise UsageError("--patient-regex must have exactly one group in parentheses.")
+        return pattern
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+SOURCE = Images
