@@ -236,6 +236,16 @@ def test_file_that_differs_is_not_kept(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class Silent(nn.Module):
+    def forward(self, x):
+        return (x * 0).mean((1, 2, 3))
+
+
+def test_comparison_with_zeros_is_announced(tmp_path):
+    with pytest.warns(UserWarning, match="Silent gives nothing but zeros"):
+        export_network(Silent(), tmp_path / "network.ts", torch.zeros(1, 1, 4, 4))
+
+
 class DataDependent(nn.Module):
     def forward(self, x):
         return x * 2 if x.sum() > 0 else x
