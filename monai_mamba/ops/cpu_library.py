@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 import platform
 import stat
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -206,25 +208,37 @@ def _find_or_build() -> Library:
     except RuntimeError as error:  # no home folder
         raise LibraryError(f"there is no cache folder ({error}); set {CACHE_VARIABLE}") from error
     stem, suffix = os.path.splitext(cpu_build.LIBRARY_NAME)
-    cached = folder / f"{stem}-{cpu_build.source_hash()}-{sys.platform}-{platform.machine()}{suffix}"
-    reason = ""
-    if cached.exists():
+    stem = f"{stem}-{cpu_build.source_hash()}-{sys.platform}-{platform.machine()}-"
+    reasons = []
+    for cached in sorted(folder.glob(f"{stem}*{suffix}")):
         try:
             _require_private(cached)
+            # Mapping a damaged library could end the process, so what is in the file must be what its name says.
+            if cached.name != f"{stem}{_digest(cached)}{suffix}":
+                raise LibraryError(f"{cached} is damaged")
             return Library(cached)
-        except LibraryError as error:
-            reason = f"{error}; "
+        except (LibraryError, OSError) as error:
+            reasons.append(f"{error}; ")
+    reason = "".join(reasons)
     if not cpu_build.is_allowed():
         raise LibraryError(f"{reason}the C library is not built and {cpu_build.BUILD_VARIABLE} forbids to compile it")
     _logger.info("compiling the C library of the CPU scan into %s (once, about ten seconds)", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         _require_private(folder)
-        return Library(cpu_build.build(cached))
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as work:
+            built = cpu_build.build(Path(work, cpu_build.LIBRARY_NAME))
+            final = folder / f"{stem}{_digest(built)}{suffix}"
+            os.replace(built, final)
+        return Library(final)
     except OSError as error:
         raise LibraryError(f"{reason}cannot write to {folder}: {error.strerror}; set {CACHE_VARIABLE}") from error
     except cpu_build.BuildError as error:
         raise LibraryError(f"{reason}{error}") from error
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _require_private(path: Path) -> None:

@@ -1,0 +1,310 @@
+"""Backend ``triton``: the scan on NVIDIA and AMD GPUs without anything to build.
+
+Short batches leave most of a GPU idle, so the sequence is split into segments where batch and channels alone do not
+fill it: end states of all segments from zero, a carry over the segments, and the scan from the true states. The
+backward pass always works on all chunks of 64 steps at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from monai_mamba.ops.backends import STATE_INTERVAL, Availability, Backend, Call
+from monai_mamba.ops.chunked import TorchBackend
+from monai_mamba.ops.routes import ROUTES
+
+_MAX_STATE = 256
+_LANES = 32  # channels of a program
+_PROGRAMS_PER_PROCESSOR = 4
+_TRAIL_PROGRAMS_PER_PROCESSOR = 8
+
+
+@dataclass
+class _Problem:
+    """A scan as the kernels see it: ``u`` and the like ``(B, L, G, E)``, matrices ``(B, L, G, N)``, A ``(G, E, N)``."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    bias: Tensor | None
+    softplus: bool
+    size: tuple[int, int]
+    routes: Tensor  # (G,) codes
+    mapped: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        batch, length, groups, channels = self.delta.shape
+        return batch, length, groups, channels, self.A.shape[2]
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.delta.shape[3] // _LANES)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.delta.shape[1] // STATE_INTERVAL)
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.delta.shape[1], *self.size, self.delta.shape[3]
+
+    def constants(self) -> dict[str, Any]:
+        states = self.A.shape[2]
+        padded = 1 << (states - 1).bit_length()
+        return {
+            "N": states,
+            "NP": padded,
+            "BD": _LANES,
+            "SOFTPLUS": self.softplus,
+            "BIAS": self.bias is not None,
+            "MAPPED": self.mapped,
+            "num_warps": max(1, min(8, padded // 32)),
+        }
+
+
+class TritonBackend(Backend):
+    """Triton kernels: float32 arithmetic for float32, bfloat16 and float16 tensors."""
+
+    name = "triton"
+    priority = 90
+    ops = frozenset({"selective_scan", "ss2d_scan"})
+    device_types = frozenset({"cuda"})
+
+    def availability(self) -> Availability:
+        if importlib.util.find_spec("triton") is None:
+            return Availability(False, "the package triton is not installed")
+        if not torch.cuda.is_available():
+            return Availability(False, "PyTorch finds no CUDA or ROCm device")
+        return _self_check()
+
+    def refusal(self, call: Call) -> str | None:
+        if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it computes in float32, got {str(call.dtype)[6:]}"
+        if call.d_state > _MAX_STATE:
+            return f"it has at most {_MAX_STATE} states, got N={call.d_state}"
+        return None
+
+    def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states):
+        problem = _sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        y, states = _forward(problem, u.dtype, save_states)
+        return y.view(u.shape), None if states is None else states.flatten(2, 3)
+
+    def scan_backward(self, grad_y, states, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+        problem = _sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        gated = grad_y.float().unflatten(2, (B.shape[2], -1))
+        found = _backward(problem, gated, states)
+        return tuple(
+            None if t is None or g is None else g.reshape(t.shape).to(t.dtype)
+            for g, t in zip(found, (u, delta, A, B, C, D, z, delta_bias), strict=True)
+        )
+
+    def ss2d_forward(self, x, delta, A, B, C, D, delta_bias, routes, delta_softplus, save_states):
+        problem = _map(x, delta, A, B, C, D, delta_bias, routes, delta_softplus)
+        # One plane per route and a sum: unlike atomic additions, the same bits every time.
+        y, states = _forward(problem, torch.float32, save_states)
+        return y.sum(2).view(x.shape).to(x.dtype), None if states is None else states.flatten(2, 3)
+
+    def ss2d_backward(self, grad_y, states, x, delta, A, B, C, D, delta_bias, routes, delta_softplus):
+        problem = _map(x, delta, A, B, C, D, delta_bias, routes, delta_softplus)
+        planes = grad_y.float().flatten(1, 2).unsqueeze(2).expand(problem.delta.shape)
+        grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, _, grad_bias = _backward(problem, planes, states)
+        found = (grad_u.sum(2), grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias)
+        return tuple(
+            None if t is None or g is None else g.reshape(t.shape).to(t.dtype)
+            for g, t in zip(found, (x, delta, A, B, C, D, delta_bias), strict=True)
+        )
+
+
+@functools.cache
+def _self_check() -> Availability:
+    """Run the kernels once on this device against PyTorch: a Triton or driver that computes wrongly is not used."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).cuda()
+
+    values: Any = [draw(1, 200, 40), draw(1, 200, 40), -draw(40, 16).abs(), draw(1, 200, 2, 16), draw(1, 200, 2, 16)]
+    values += [draw(40), draw(1, 200, 40), draw(40) - 2]
+    grad_y, results = draw(1, 200, 40), []
+    try:
+        for backend in (TritonBackend(), TorchBackend()):
+            y, states = backend.scan_forward(*values, True, True)
+            results.append((y, *backend.scan_backward(grad_y, states, *values, True)))
+        worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True))
+    except Exception as error:  # whatever a compiler, a driver or a device throws is a reason not to use it
+        return Availability(False, f"its self-check failed: {type(error).__name__}: {str(error).splitlines()[0]}")
+    if not worst <= 1e-4:
+        return Availability(False, f"its self-check is off by {worst:.1e} of the maximum")
+    return Availability(True, f"self-check passed, error {worst:.0e}")
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _parameter(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()
+
+
+def _sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> _Problem:
+    groups = (B.shape[2], -1)
+    u, delta, z = (None if t is None else _dense(t).unflatten(2, groups) for t in (u, delta, z))
+    A, D, delta_bias = (None if t is None else t.float().contiguous().unflatten(0, groups) for t in (A, D, delta_bias))
+    routes = torch.zeros(B.shape[2], dtype=torch.int32, device=B.device)
+    size = (1, delta.shape[1])
+    return _Problem(u, delta, A, _dense(B), _dense(C), D, z, delta_bias, delta_softplus, size, routes, False)
+
+
+def _map(x, delta, A, B, C, D, delta_bias, routes, delta_softplus) -> _Problem:
+    delta, B, C = (_dense(t.flatten(1, 2)) for t in (delta, B, C))
+    u = _dense(x.flatten(1, 2)).unsqueeze(2).expand(delta.shape)
+    A, D, delta_bias = (_parameter(t) for t in (A, D, delta_bias))
+    codes = torch.tensor([ROUTES.index(route) for route in routes], dtype=torch.int32).to(x.device, non_blocking=True)
+    return _Problem(u, delta, A, B, C, D, None, delta_bias, delta_softplus, tuple(x.shape[1:3]), codes, True)
+
+
+def _view(t: Tensor | None, substitute: Tensor) -> tuple[Tensor, int, int, int]:
+    """A tensor with its strides; an absent one is never read, but the kernels want a pointer."""
+    t = substitute if t is None else t
+    return t, t.stride(0), t.stride(1), t.stride(2)
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # the interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def num_segments(programs: int, chunks: int, processors: int) -> int:
+    """Choose into how many segments the forward pass splits the sequence.
+
+    Splitting costs a second exponential per update, so it is done only where one pass leaves more than half of the
+    device idle, and then as often as fills it.
+
+    Args:
+        programs: independent programs without a split (batch x groups x channel blocks).
+        chunks: chunks of 64 steps; a segment is a whole number of them.
+        processors: multiprocessors of the device.
+    """
+    wanted = processors * _PROGRAMS_PER_PROCESSOR
+    if chunks < 4 or 2 * programs >= wanted:
+        return 1
+    per_segment = -(-chunks // min(chunks, -(-wanted // programs)))
+    return -(-chunks // per_segment)
+
+
+def _forward(p: _Problem, dtype: torch.dtype, save_states: bool, segments: int | None = None):
+    from monai_mamba.ops import triton_kernels as kernels
+
+    batch, length, groups, channels, d_state = p.shape
+    programs = batch * groups * p.blocks
+    if segments is None:
+        segments = num_segments(programs, p.chunks, _num_processors(p.delta.device))
+    segment = -(-p.chunks // segments) * STATE_INTERVAL
+    A = p.A.permute(2, 0, 1).contiguous()  # (N, G, E)
+    bias = A if p.bias is None else p.bias
+    delta, u, B, C = (_view(t, A) for t in (p.delta, p.u, p.B, p.C))
+    starts = A
+    counts = (groups, p.blocks)
+    with _device_of(p.delta):
+        if segments > 1:
+            starts = A.new_empty(batch, segments, d_state, groups, channels)
+            sums = A.new_empty(batch, segments, groups, channels)
+            kernels.segment_ends[(programs, segments)](
+                *(*delta, *u, *B, A, bias, p.routes, starts, sums), *p.sizes(), *counts, segment, **p.constants()
+            )
+            constants = {k: v for k, v in p.constants().items() if k in ("N", "NP", "BD", "num_warps")}
+            kernels.carry[(programs,)](A, starts, sums, channels, *counts, segments, **constants, BACKWARD=False)
+        y = p.delta.new_empty(batch, length, groups, channels, dtype=dtype)
+        states = A.new_empty(batch, p.chunks, groups, channels, d_state) if save_states else None
+        kernels.forward[(programs, segments)](
+            *(*delta, *u, *B, *C, *_view(p.z, p.delta), A, A if p.D is None else p.D, bias, p.routes, starts, y),
+            A if states is None else states,
+            *(*p.sizes(), *counts, segment, p.chunks),
+            **p.constants(),
+            SKIP=p.D is not None,
+            GATE=p.z is not None,
+            SPLIT=segments > 1,
+            SAVE=save_states,
+        )
+    return y, states
+
+
+def _backward(p: _Problem, grad_y: Tensor, states: Tensor | None):
+    """Gradients of u, delta, A, B, C, D, z, bias; of u, delta and z for every group: ``(B, L, G, E)``."""
+    from monai_mamba.ops import triton_kernels as kernels
+
+    batch, length, groups, channels, d_state = p.shape
+    if states is None:
+        _, states = _forward(p, torch.float32, True)
+    states = states.contiguous()
+    programs = batch * groups * p.blocks
+    A = p.A.permute(2, 0, 1).contiguous()  # (N, G, E)
+    bias = A if p.bias is None else p.bias
+    delta, u, B, C = (_view(t, A) for t in (p.delta, p.u, p.B, p.C))
+    counts = (groups, p.blocks)
+    grad = grad_y if p.z is None else grad_y * F.silu(p.z.float())
+    grad = grad.contiguous()
+    incoming = A.new_empty(batch, p.chunks, d_state, groups, channels)
+    sums = A.new_empty(batch, p.chunks, groups, channels)
+    items = programs * p.chunks
+    running = min(items, _TRAIL_PROGRAMS_PER_PROCESSOR * _num_processors(p.delta.device))
+    constants = p.constants()
+    trail = A.new_empty(running, STATE_INTERVAL, constants["NP"], _LANES)
+    y = A.new_empty(p.delta.shape) if p.z is not None else A
+    grad_u, grad_delta = A.new_empty(p.delta.shape), A.new_empty(p.delta.shape)
+    grad_A = torch.empty_like(incoming)
+    grad_B, grad_C = (A.new_empty(p.blocks, batch, length, groups, d_state) for _ in range(2))
+    with _device_of(p.delta):
+        kernels.segment_gradients[(programs, p.chunks)](
+            *(*delta, *C, A, bias, p.routes, grad, incoming, sums), *p.sizes(), *counts, p.chunks, **constants
+        )
+        few = {k: v for k, v in constants.items() if k in ("N", "NP", "BD", "num_warps")}
+        kernels.carry[(programs,)](A, incoming, sums, channels, *counts, p.chunks, **few, BACKWARD=True)
+        kernels.backward[(running,)](
+            *(*delta, *u, *B, *C, A, bias, p.routes, states, incoming, grad, trail),
+            *(y, grad_u, grad_delta, grad_A, grad_B, grad_C),
+            *(*p.sizes(), batch, *counts, p.chunks, items),
+            **constants,
+            WITH_Y=p.z is not None,
+        )
+    grad_bias = None if p.bias is None else grad_delta.sum((0, 1))
+    grad_D = None
+    if p.D is not None:
+        grad_u += p.D * grad
+        grad_D = (grad * p.u).sum((0, 1))
+    grad_z = None
+    if p.z is not None:
+        if p.D is not None:
+            y += p.D * p.u
+        z = p.z.float()
+        gate = torch.sigmoid(z)
+        grad_z = grad_y * y * gate * (1 + z * (1 - gate))
+    return (
+        grad_u,
+        grad_delta,
+        grad_A.sum((0, 1)).permute(1, 2, 0),
+        grad_B.sum(0),
+        grad_C.sum(0),
+        grad_D,
+        grad_z,
+        grad_bias,
+    )
+
+
+def _device_of(t: Tensor):
+    # Triton launches on the current device, which need not be that of the tensors.
+    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,232 @@
+"""Building, finding and refusing the C library, and the library itself under sanitizers."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from monai_mamba.ops import cpu_build, cpu_library
+
+needs_compiler = pytest.mark.skipif(cpu_build.find_compiler() is None, reason="no C compiler")
+ROOT = Path(__file__).resolve().parents[2]
+SHOW = """
+from monai_mamba.ops import cpu_library
+try:
+    print(True, cpu_library.load().path)
+except cpu_library.LibraryError as error:
+    print(False, error)
+"""
+SCAN = """
+import torch, warnings
+from monai_mamba.ops import selective_scan
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    u, matrix = torch.ones(1, 8, 4), torch.ones(1, 2, 4)
+    selective_scan(u, u, -torch.ones(8, 2), matrix, matrix)
+print([str(w.message) for w in caught])
+"""
+
+
+@pytest.fixture(scope="module")
+def library_file(tmp_path_factory):
+    return cpu_build.build(tmp_path_factory.mktemp("library") / cpu_build.LIBRARY_NAME)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def light_path(tmp_path_factory):
+    """A copy of the two modules without the packages around them, which import PyTorch: seconds for every process."""
+    path = tmp_path_factory.mktemp("path")
+    package = path / "monai_mamba" / "ops"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").write_text("")
+    for module in (cpu_build, cpu_library):
+        shutil.copy(str(module.__file__), package)
+    shutil.copytree(cpu_build.SOURCES, package / "csrc")
+    python.path = path
+    return path
+
+
+def python(code, cache, **environment):
+    """Run code in a fresh interpreter with its own cache folder."""
+    variables = {**os.environ, cpu_library.CACHE_VARIABLE: str(cache), "PYTHONPATH": str(python.path), **environment}
+    run = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+@needs_compiler
+def test_first_use_compiles_once_into_the_cache(tmp_path):
+    cache = tmp_path / "new" / "cache"
+    assert python(SHOW, cache).startswith("True")
+    (library,) = cache.iterdir()
+    assert cpu_build.source_hash() in library.name
+    built = library.stat().st_mtime_ns
+    assert python(SHOW, cache, CC="/nonexistent", PATH="/nonexistent").startswith("True")
+    assert library.stat().st_mtime_ns == built
+    assert [p.name for p in cache.iterdir()] == [library.name]
+
+
+@needs_compiler
+@pytest.mark.parametrize("content", [b"", b"not a library", None], ids=["empty", "text", "truncated"])
+def test_damaged_library_in_the_cache_is_compiled_again(tmp_path, content):
+    assert python(SHOW, tmp_path).startswith("True")
+    (library,) = tmp_path.iterdir()
+    whole = library.read_bytes()
+    library.write_bytes(whole[:1000] if content is None else content)
+    assert python(SHOW, tmp_path).startswith("True")
+    assert any(path.read_bytes() == whole for path in tmp_path.iterdir())
+
+
+@needs_compiler
+def test_library_of_other_sources_is_refused(tmp_path, library_file, monkeypatch):
+    monkeypatch.setattr(cpu_build, "source_hash", lambda: "0123456789abcdef")
+    with pytest.raises(cpu_library.LibraryError, match="another version of the sources"):
+        cpu_library.Library(library_file)
+
+
+def test_without_compiler_the_scan_falls_to_torch_and_says_so(tmp_path):
+    message = python(SCAN, tmp_path, CC="/nonexistent", PATH="/nonexistent", PYTHONPATH=str(ROOT))
+    assert "slower backend 'torch'" in message and "no C compiler found" in message
+
+
+def test_switched_off_build_is_a_reason_not_an_error(tmp_path):
+    shown = python(SHOW, tmp_path, MONAI_MAMBA_BUILD="0")
+    assert shown.startswith("False") and "MONAI_MAMBA_BUILD" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failing_compiler_is_a_reason_with_its_first_error(tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'x.c:1: error: this compiler is broken' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    shown = python(SHOW, tmp_path / "cache", CC=str(compiler))
+    assert shown.startswith("False") and "this compiler is broken" in shown
+
+
+def test_cache_that_is_a_file_is_a_reason_with_the_cure(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    shown = python(SHOW, file / "cache")
+    assert shown.startswith("False") and cpu_library.CACHE_VARIABLE in shown
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_cache_is_a_reason_with_the_cure(tmp_path):
+    tmp_path.chmod(0o500)
+    shown = python(SHOW, tmp_path)
+    assert shown.startswith("False") and "cannot" in shown
+
+
+@needs_compiler
+@pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
+def test_cache_that_others_can_write_is_not_trusted(tmp_path):
+    tmp_path.chmod(0o777)
+    shown = python(SHOW, tmp_path)
+    assert shown.startswith("False") and "written by others" in shown
+
+
+@needs_compiler
+def test_processes_that_compile_at_the_same_time_all_succeed(tmp_path, light_path):
+    variables = {**os.environ, cpu_library.CACHE_VARIABLE: str(tmp_path), "PYTHONPATH": str(light_path)}
+    runs = [
+        subprocess.Popen([sys.executable, "-c", SHOW], env=variables, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert all(run.communicate(timeout=300)[0].startswith("True") for run in runs)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@needs_compiler
+def test_wide_vectors_on_narrow_hardware_compute_the_same(tmp_path, library_file):
+    """The code of 16 lanes, which AVX-512 uses, compiled for the baseline: its shuffles are checked anywhere."""
+    wide = cpu_build.build(tmp_path / cpu_build.LIBRARY_NAME, extra_flags=["-DMM_LANES=16"], variants=())
+    results = []
+    for path in (library_file, wide):
+        library = cpu_library.Library(path)
+        results.append(_scan_by_hand(library))
+    for found, expected in zip(results[1], results[0], strict=True):
+        scale = max(abs(v) for v in expected)
+        assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-5 * scale
+
+
+def _scan_by_hand(library):
+    """Forward and backward of a small job without PyTorch; all outputs as lists."""
+    batch, length, groups, channels, states = 2, 70, 2, 19, 6
+    rows = groups * channels
+
+    def array(count, scale=0.0, shift=0.0):
+        values = [shift + scale * ((7919 * i + 31) % 1000 / 500 - 1) for i in range(count)]
+        return (ctypes.c_float * count)(*values)
+
+    def view(a, last):
+        return cpu_library.View(ctypes.addressof(a), length * groups * last, groups * last, last, 0)
+
+    tall, flat = batch * length * rows, batch * length * groups * states
+    a = {name: array(tall, 1.0) for name in ("u", "delta", "z", "grad_y")}
+    a |= {name: array(flat, 1.0) for name in ("B", "C")}
+    a |= {name: array(tall) for name in ("y", "grad_u", "grad_delta", "grad_z")}
+    a |= {"A": array(rows * states, 1.0, -2.0), "D": array(rows, 1.0), "delta_bias": array(rows, 1.0, -1.0)}
+    a |= {"grad_A": array(rows * states), "grad_D": array(rows), "grad_delta_bias": array(rows)}
+    a |= {"grad_B": array(flat), "grad_C": array(flat), "states": array(batch * 2 * rows * states)}
+    job = cpu_library.ScanJob(batch, length, groups, channels, states, 1, length, 1, 0)
+    for name, values in a.items():
+        if name in ("B", "C"):
+            setattr(job, name, view(values, states))
+        elif len(values) == tall:
+            setattr(job, name, view(values, channels))
+        else:
+            setattr(job, name, ctypes.addressof(values))
+    variant = library.choose_variant("baseline")
+    library.call("scan_forward", job, variant, 1)
+    library.call("scan_backward", job, variant, 1)
+    return [list(a[name]) for name in a if name.startswith("grad_") and name != "grad_y"] + [list(a["y"])]
+
+
+def _fuzz(tmp_path, count, seed, variants):
+    compiler = cpu_build.find_compiler()
+    assert compiler is not None
+    runtimes = []
+    for name in ("libasan.so", "libubsan.so"):
+        found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        if not os.path.isabs(found):
+            pytest.skip(f"the compiler has no {name}")
+        runtimes.append(found)
+    # Not the whole of "undefined": its checks of every pointer make the unrolled loops take minutes to compile.
+    flags = ["-fsanitize=address,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all", "-g", "-O1"]
+    library = cpu_build.build(tmp_path / cpu_build.LIBRARY_NAME, extra_flags=flags, variants=variants)
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(python.path),
+    }
+    script = Path(__file__).with_name("fuzz_cpu_library.py")
+    run = subprocess.run(
+        [sys.executable, str(script), str(library), str(count), str(seed)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=3000,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.startswith(f"done {count} refused"), run.stdout
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="sanitizers are preloaded the Linux way")
+def test_random_jobs_under_sanitizers(tmp_path):
+    _fuzz(tmp_path, 300, seed=0, variants=())
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="sanitizers are preloaded the Linux way")
+def test_ten_thousand_random_jobs_under_sanitizers(tmp_path):
+    _fuzz(tmp_path, 10_000, seed=1, variants=None)
