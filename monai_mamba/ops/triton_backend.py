@@ -140,8 +140,8 @@ def _self_check() -> Availability:
     grad_y, results = draw(1, 200, 40), []
     try:
         for backend in (TritonBackend(), TorchBackend()):
-            y, states = backend.scan_forward(*values, True, True)
-            results.append((y, *backend.scan_backward(grad_y, states, *values, True)))
+            y, states = backend.scan_forward(*[*values, True, True])
+            results.append((y, *backend.scan_backward(*[grad_y, states, *values, True])))
         worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True))
     except Exception as error:  # whatever a compiler, a driver or a device throws is a reason not to use it
         return Availability(False, f"its self-check failed: {type(error).__name__}: {str(error).splitlines()[0]}")
