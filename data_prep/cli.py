@@ -6,11 +6,14 @@ names them; 4 the report does not add up (a mistake in this package); 130 interr
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
+import shutil
 import sys
+import tempfile
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,7 +37,8 @@ app = typer.Typer(
 )
 
 Input = Annotated[
-    list[Path], typer.Argument(help="Folder of the download; several folders are read as one.", show_default=False)
+    list[Path],
+    typer.Argument(help="Folder or archive (zip, tar) of the download; several are read as one.", show_default=False),
 ]
 Out = Annotated[
     Path, typer.Option("--out", help="Folder of the data set; for nnU-Net: .../DatasetNNN_Name.", show_default=False)
@@ -144,20 +148,47 @@ def convert(
     pseudonyms = Pseudonyms(read_secret(key_file), source.identifiers)
     if not dry_run:
         make_private(private)
-    tree = Tree(inputs, None if dry_run else private / f"index-{part[0]}-of-{part[1]}.sqlite")
-    try:
-        plan = make_plan(source, tree, pseudonyms, layout, folds, seed)
-    finally:
-        tree.close()
-    if dry_run:
-        typer.echo(plan.table(), nl=False)
-        return EXIT_DONE
-    options = RunOptions(engine, workers or usable_cores(), scheduler, part, link, case_timeout, resume)
-    report = run_plan(plan, out, private, options)
+    with _unpacked(inputs, None if dry_run else private / f"unpacked-{part[0]}-of-{part[1]}") as folders:
+        if list(folders) != list(inputs) and link != "copy":
+            raise UsageError(f"--link {link} does not go with an archive, whose files are gone after the run.")
+        tree = Tree(folders, None if dry_run else private / f"index-{part[0]}-of-{part[1]}.sqlite")
+        try:
+            plan = make_plan(source, tree, pseudonyms, layout, folds, seed)
+        finally:
+            tree.close()
+        if dry_run:
+            typer.echo(plan.table(), nl=False)
+            return EXIT_DONE
+        options = RunOptions(engine, workers or usable_cores(), scheduler, part, link, case_timeout, resume)
+        report = run_plan(plan, out, private, options)
     if report is None:
         typer.echo(f"shard {shard} is done; run 'monai-mamba-data merge' when all are.")
         return EXIT_DONE
     return _tell(report, private)
+
+
+@contextlib.contextmanager
+def _unpacked(inputs: Sequence[Path], folder: Path | None) -> Iterator[Sequence[Path]]:
+    """Inputs with every archive replaced by the folder it was unpacked into, which is removed at the end.
+
+    Archives are read in the order of their names.
+    """
+    from data_prep.archives import is_archive, unpack
+
+    packed = [path for path in inputs if path.is_file() and is_archive(path)]
+    if not packed:
+        yield inputs
+        return
+    place = Path(tempfile.mkdtemp(prefix="monai-mamba-data-")) if folder is None else folder
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        folders = []
+        for number, path in enumerate(sorted(packed)):
+            unpack(path, place / f"{number:03d}")
+            folders.append(place / f"{number:03d}")
+        yield [*(path for path in inputs if path not in packed), *folders]
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @app.command("merge", help="Write dataset.json, folds and report after all shards of a run have finished.")

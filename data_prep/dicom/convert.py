@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.dicom.headers import frame_facts, read_dataset, slice_facts
+from data_prep.dicom.headers import frame_facts, named_errors, read_dataset, slice_facts
 from data_prep.errors import CaseError, DicomReadError
 from data_prep.geometry import TOLERANCE_MM, Grid, max_distance_mm
 from data_prep.nifti import open_nifti, write_nifti
@@ -41,6 +41,7 @@ _DOUBTS = (
 
 
 @operation(version=1)
+@named_errors
 def volume(job: Job) -> Outcome:
     """A volume from the slices of one stack.
 
@@ -89,6 +90,7 @@ def volume(job: Job) -> Outcome:
 
 
 @operation(version=1)
+@named_errors
 def mosaic(job: Job) -> Outcome:
     """A volume from one Siemens mosaic: tiles of one image are its slices.
 

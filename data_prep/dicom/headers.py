@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import math
 import os
 import warnings
@@ -12,7 +14,11 @@ from typing import Any
 import pydicom
 from pydicom.dataset import Dataset
 
-from data_prep.errors import DicomReadError
+from data_prep.errors import CaseError, DicomReadError
+from data_prep.operations import Job, Operation, Outcome
+
+# pydicom quotes damaged values in its warnings, and Python prints those of unconfigured loggers to standard error.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
 #: part of the cache key: raise it when `read_facts` changes
 FACTS_VERSION = "dicom-1"
@@ -51,6 +57,24 @@ def read_dataset(path: os.PathLike[str] | str, *, pixels: bool = False, tags: li
         raise
     except Exception as error:
         raise DicomReadError("unreadable-dicom", f"the header cannot be read ({type(error).__name__})") from error
+
+
+def named_errors(function: Operation) -> Operation:
+    """Turn whatever the values of a damaged file make pydicom raise into one error of the case.
+
+    pydicom converts a value when it is first looked at, so any access to a data set can fail in a dozen ways.
+    """
+
+    @functools.wraps(function)
+    def guarded(job: Job) -> Outcome:
+        try:
+            return function(job)
+        except (CaseError, MemoryError, OSError):
+            raise
+        except Exception as error:
+            raise DicomReadError("damaged-dicom", f"a value of the file is damaged ({type(error).__name__})") from error
+
+    return guarded
 
 
 def is_dicom(path: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.dicom.headers import read_dataset
+from data_prep.dicom.headers import named_errors, read_dataset
 from data_prep.errors import CaseError, DicomReadError
 from data_prep.geometry import TOLERANCE_MM, Grid, lps_to_ras
 from data_prep.nifti import write_nifti
@@ -43,6 +43,7 @@ def _values(job: Job) -> dict[str, int]:
 
 
 @operation(version=1)
+@named_errors
 def segmentation(job: Job) -> Outcome:
     """A DICOM-SEG object as a label map.
 
@@ -120,6 +121,7 @@ def _place_frame(group: Any, shared: Any, size: tuple[int, ...], affine: np.ndar
 
 
 @operation(version=1)
+@named_errors
 def structure_set(job: Job) -> Outcome:
     """Closed planar contours of an RTSTRUCT as a label map; a contour inside another of the same region is a hole.
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.dicom.convert import decode
-from data_prep.dicom.headers import read_dataset
+from data_prep.dicom.headers import named_errors, read_dataset
 from data_prep.errors import DicomReadError
 from data_prep.geometry import Grid
 from data_prep.operations import Job, Outcome, operation
@@ -17,6 +17,7 @@ from data_prep.operations.pictures import MAX_PIXELS, write_png
 
 
 @operation(version=1)
+@named_errors
 def projection(job: Job) -> Outcome:
     """One X-ray or mammogram.
 

@@ -37,6 +37,15 @@ def _canaries(slices):
         one.add_new((0x0009, 0x1001), "LO", "CANARY99")
 
 
+def test_warning_of_pydicom_does_not_quote_a_damaged_value(tmp_path):
+    write_series(tmp_path / "in", 3)
+    path = tmp_path / "in" / "IM0000"
+    path.write_bytes(path.read_bytes().replace(uid("study").encode(), b"CANARY" + uid("study").encode()[6:]))
+    command = [sys.executable, "-m", "data_prep", "dicom", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True)
+    assert b"CANARY" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("fault", ["none", "missing-slice", "damaged"])
 def test_no_canary_in_any_byte(tmp_path, fault):
     slices = write_series(tmp_path / "in", 6, edit=lambda s: (_canaries(s), fault == "missing-slice" and s.pop(2)))
