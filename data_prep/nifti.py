@@ -41,6 +41,8 @@ class NiftiFile:
     grid: Grid
     num_channels: int
     is_gzip: bool
+    num_bytes: int
+    """Length of the unpacked file that the header announces: voxels and what stands before them."""
 
     def read(self, channel: int | None = None) -> np.ndarray:
         """Voxels ``(i, j, k)`` with the header's scaling applied; integer types stay when there is no scaling.
@@ -125,7 +127,7 @@ def open_nifti(path: os.PathLike[str] | str, form: Form = "strict") -> NiftiFile
     problem = check_affine(affine)
     if problem:
         raise ImageReadError("impossible-affine", problem)
-    return NiftiFile(path, image, Grid(tuple(shape[:3]), affine), shape[3] * shape[4], is_gzip)
+    return NiftiFile(path, image, Grid(tuple(shape[:3]), affine), shape[3] * shape[4], is_gzip, claimed + int(offset))
 
 
 def _affine(header: nib.Nifti1Header, form: Form) -> np.ndarray:
@@ -161,10 +163,7 @@ def verify_stream(nifti: NiftiFile) -> None:
     Raises:
         ImageReadError: truncated, damaged, or longer than the header says.
     """
-    header = nifti.image.header
-    expected = int(header["vox_offset"]) + header.get_data_dtype().itemsize * int(
-        np.prod(nifti.image.shape, dtype=np.int64)
-    )
+    expected = nifti.num_bytes
     count = 0
     try:
         with gzip.open(nifti.path, "rb") if nifti.is_gzip else open(nifti.path, "rb") as file:
