@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from monai_mamba import __version__
-from monai_mamba.cli import convert_weights, doctor, export, inspect_weights, nnunet, quickstart, summary
+from monai_mamba.cli import convert_weights, doctor, evaluate, export, inspect_weights, nnunet, quickstart, summary
 from monai_mamba.errors import MonaiMambaError
 
 EXIT_DONE = 0
@@ -39,6 +39,7 @@ app.command("doctor")(doctor.doctor)
 app.command("summary")(summary.summary)
 app.command("inspect-weights")(inspect_weights.inspect_weights)
 app.command("convert-weights")(convert_weights.convert_weights)
+app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.add_typer(nnunet.app, name="nnunet")
 
