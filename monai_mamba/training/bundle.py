@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DistributedSampler, RandomSampler, Sampler, WeightedRandomSampler
 
-from monai_mamba.errors import DatasetError
+from monai_mamba.errors import CheckpointError, DatasetError
 
 BALANCE = ("none", "weights", "sampler")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -136,6 +137,20 @@ def distributed_network(network: torch.nn.Module, device: torch.device) -> torch
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return torch.nn.parallel.DistributedDataParallel(network.to(device), device_ids=[device.index])
     return torch.nn.parallel.DistributedDataParallel(network)
+
+
+def start_from(network: torch.nn.Module, checkpoint: os.PathLike[str] | str | None) -> torch.nn.Module:
+    """Load the weights of ``checkpoint`` into ``network``, all of them, to fine-tune it; None leaves it as it is.
+
+    Raises:
+        CheckpointError: if the file cannot be read or does not fit the network.
+    """
+    if checkpoint is not None:
+        try:
+            network.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{checkpoint}: cannot be used as a start: {error}") from error
+    return network
 
 
 def _check_balance(balance: str) -> None:

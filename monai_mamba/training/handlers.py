@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -226,7 +227,7 @@ class RunKeeper:
                 scaler.load_state_dict(state["scaler"])
             self.best, self.best_epoch, self.waited = state["best"], state["best_epoch"], state["waited"]
             epoch = int(state["epoch"])
-        except (KeyError, RuntimeError, EOFError, ValueError, OSError) as error:
+        except (KeyError, RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{path}: cannot be resumed from: {error}") from error
         if epoch >= trainer.state.max_epochs:
             raise CheckpointError(f"{path}: all {epoch} epochs are done; ask for more with `--max_epochs`")
@@ -265,6 +266,8 @@ class PredictionWriter:
         output: Any = engine.state.output
         # The engine's output holds logits here; postprocessing, for the metrics, comes after.
         logits = torch.as_tensor(output["pred"]).detach().float().cpu()
+        if logits.shape[1] == 1 and len(self.classes) == 2:  # one logit, for the second class
+            logits = torch.cat([torch.zeros_like(logits), logits], 1)
         probs = logits.sigmoid() if self.multi_label else logits.softmax(1)
         if probs.shape[1] != len(self.classes):
             raise RunError(f"the network has {probs.shape[1]} outputs, the data set {len(self.classes)} classes")

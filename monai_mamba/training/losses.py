@@ -17,6 +17,13 @@ class MultiLabelLoss(nn.BCEWithLogitsLoss):
         return super().forward(input, target.to(input.dtype))
 
 
+class SingleLogitLoss(nn.BCEWithLogitsLoss):
+    """Binary cross entropy of one logit ``(B, 1)`` against class numbers ``(B,)``."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return super().forward(input[:, 0], target.to(input.dtype))
+
+
 def classification_loss(
     cases: Sequence[dict[str, Any]], num_classes: int, balance: str = "none", multi_label: bool = False
 ) -> nn.Module:

@@ -5,9 +5,13 @@
 ``breastmnist_two_view``  the same images cut in two by a fixed rule: ``image1`` is the left half, ``image2`` the right
                           half mirrored, both 28 x 14 pixels. It shows how two views are handled; it is no
                           replacement for two projections of one patient.
+``hippocampus_size``      24 MR crops around a hippocampus (Medical Segmentation Decathlon): is it larger (0) or smaller
+                          (1) than the median of the training cases, by the volume of its reference label in mm3? A
+                          stand-in for atrophy, 12 / 4 / 8 crops.
 ========================  ==========================================================================================
 
-The images are in the package (``monai_mamba/training/data``, with their licence).
+The images are in the package (``monai_mamba/training/data`` and ``monai_mamba/quickstart/data``, with their
+licences).
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 from PIL import Image
 
@@ -28,6 +33,7 @@ from monai_mamba.training.datalist import MANIFEST, read_manifest
 #: In the data list of a sample: bundles shorten their recipes for it.
 SAMPLE_MARK = "is_sample"
 _SECTIONS = {"training": "train", "validation": "val", "test": "test"}
+_HIPPOCAMPUS_LICENSE = "CC BY-SA 4.0; Medical Segmentation Decathlon (Antonelli et al. 2022), Vanderbilt University"
 _BREAST_LICENSE = "CC BY 4.0; MedMNIST v2 (Yang et al. 2023), from Al-Dhabyani et al. 2020"
 
 
@@ -87,7 +93,37 @@ def _breastmnist(folder: Path, *, two_views: bool) -> dict[str, object]:
     return manifest
 
 
+def _hippocampus_size(folder: Path) -> dict[str, object]:
+    source = Path(str(files("monai_mamba.quickstart") / "data" / "hippocampus"))
+    held_out = set(json.loads((source / "dataset.json").read_text(encoding="utf-8"))["held_out"])
+    shutil.copytree(source / "imagesTr", folder / "images")
+    volumes = {}
+    for path in sorted((source / "labelsTr").glob("*.nii.gz")):
+        label = nib.Nifti1Image.from_filename(path)
+        voxel_mm3 = float(np.prod(label.header.get_zooms()[:3]))
+        volumes[path.name.removesuffix(".nii.gz")] = np.count_nonzero(label.dataobj) * voxel_mm3
+    by_volume = sorted((case for case in volumes if case not in held_out), key=lambda case: volumes[case])
+    # Every fourth in the order of the volumes validates, so that both classes are there.
+    sections = {
+        "training": [case for i, case in enumerate(by_volume) if i % 4 != 1],
+        "validation": by_volume[1::4],
+        "test": sorted(held_out),
+    }
+    median = float(np.median([volumes[case] for case in sections["training"]]))
+    return {
+        "license": _HIPPOCAMPUS_LICENSE,
+        "classes": ["larger", "smaller"],
+        **{
+            section: [
+                {"case": case, "image": f"images/{case}.nii.gz", "label": int(volumes[case] < median)} for case in cases
+            ]
+            for section, cases in sections.items()
+        },
+    }
+
+
 SAMPLES: dict[str, Callable[[Path], dict[str, object]]] = {
     "breastmnist": lambda folder: _breastmnist(folder, two_views=False),
     "breastmnist_two_view": lambda folder: _breastmnist(folder, two_views=True),
+    "hippocampus_size": _hippocampus_size,
 }

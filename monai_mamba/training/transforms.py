@@ -119,7 +119,7 @@ class OneHotLabeld(MapTransform):
 
     Args:
         keys: keys with labels.
-        num_classes: length of the vectors.
+        num_classes: length of the vectors; 1 keeps the number, for networks with one logit for two classes.
         multi_label: labels are lists of zeros and ones already.
     """
 
@@ -132,7 +132,9 @@ class OneHotLabeld(MapTransform):
         result = dict(data)
         for key in self.key_iterator(result):
             label = torch.as_tensor(result[key])
-            if not self.multi_label:
+            if not self.multi_label and self.num_classes == 1:
+                label = label.reshape(1)
+            elif not self.multi_label:
                 label = torch.nn.functional.one_hot(label.long(), self.num_classes)
             result[key] = label.float()
         return result

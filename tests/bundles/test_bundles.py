@@ -17,11 +17,18 @@ ROOT = Path(__file__).parents[2] / "bundles"
 CONFIGS = ("train", "evaluate", "inference", "multi_gpu_train")
 #: Overrides that make a bundle's training a matter of seconds.
 SMALL = {
+    "nnmamba_adni": {
+        "network_def#init_filters": 4,
+        "network_def#num_blocks": 1,
+        "image_size": [16, 24, 16],
+        "limit": 8,
+    },
     "medmamba": {"network_def#depths": [1, 1], "network_def#dims": 8, "image_size": 32, "batch_size": 8, "limit": 24},
     "xfmamba": {"network_def#depths": [1, 1], "network_def#dims": 16, "image_size": 32, "batch_size": 8, "limit": 24},
 }
 BUNDLES = sorted(path.name for path in ROOT.iterdir() if (path / "configs").is_dir())
-NETWORK = ("network_def#depths", "network_def#dims")
+SAMPLE_CLASSES = {"nnmamba_adni": ("larger", "smaller")}
+NETWORK = ("network_def#depths", "network_def#dims", "network_def#init_filters", "network_def#num_blocks")
 #: What `_target_` may name: MONAI's own short names have no dot.
 TARGETS = ("monai_mamba.", "monai.", "torch.", "ignite.")
 #: Names that expressions may use besides references; no imports, no lambdas, no comprehensions.
@@ -29,6 +36,7 @@ EXPRESSION_NAMES = {"len", "REF"}
 EXPRESSION_NODES = (
     ast.Expression, ast.Call, ast.Name, ast.Attribute, ast.Constant, ast.Load, ast.BinOp, ast.Add, ast.Sub, ast.Mult,
     ast.Div, ast.IfExp, ast.Compare, ast.Eq, ast.NotEq, ast.Gt, ast.Lt, ast.Subscript, ast.Slice, ast.UnaryOp, ast.Not,
+    ast.List,
 )  # fmt: skip
 
 
@@ -162,7 +170,8 @@ def test_training_evaluation_inference_and_export(bundle):
     inference.initialize()
     inference.run()
     rows = (bundle / "predictions" / "predictions.csv").read_text().splitlines()
-    assert rows[0] == "case,patient,label,prob_malignant,prob_benign"
+    first, second = SAMPLE_CLASSES.get(bundle.name, ("malignant", "benign"))
+    assert rows[0] == f"case,patient,label,prob_{first},prob_{second}"
     # The same cases get the same probabilities from both configurations.
     evaluated = (bundle / "eval" / "test.csv").read_text().splitlines()
     by_case = {row.split(",")[0]: row for row in rows}
@@ -180,9 +189,8 @@ def test_training_evaluation_inference_and_export(bundle):
         **network,
     )
     scripted = torch.jit.load(str(bundle / "models" / "model.ts"))
-    image = torch.randn(
-        2, load(bundle.name, "metadata")["network_data_format"]["inputs"]["image"]["num_channels"], 64, 64
-    )
+    inputs = load(bundle.name, "metadata")["network_data_format"]["inputs"]["image"]
+    image = torch.randn(2, inputs["num_channels"], *inputs["spatial_shape"])
     eager = inference.network_def.eval()
     with torch.no_grad():
         torch.testing.assert_close(scripted(image), eager(image), atol=1e-5, rtol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +81,14 @@ def test_two_view_sample_is_the_two_halves_of_the_sample(tmp_path):
     image = np.asarray(Image.open(f"{whole}/images/train_0005.png"))
     np.testing.assert_array_equal(np.hstack([left, right[:, ::-1]]), image)
     assert sample_dataset("breastmnist", tmp_path) == whole
+
+
+def test_hippocampus_sample_has_both_classes_in_every_section(tmp_path):
+    manifest = json.loads((Path(sample_dataset("hippocampus_size", tmp_path)) / "datalist.json").read_text())
+    labels = {section: [case["label"] for case in manifest[section]] for section in ("training", "validation", "test")}
+    assert {section: len(values) for section, values in labels.items()} == {"training": 12, "validation": 4, "test": 8}
+    assert sum(labels["training"]) == 6
+    assert all(set(values) == {0, 1} for values in labels.values())
 
 
 def test_balancing_by_weights_and_by_sampler():
