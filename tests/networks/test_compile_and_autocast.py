@@ -91,17 +91,6 @@ def test_xfmamba_compiles_with_a_view_mask():
         torch.testing.assert_close(compiled(x, view_mask=mask), network(x, view_mask=mask))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["nnmamba_seg", "medmamba_t", "xfmamba_t", "vmamba_v0_t"])
-def test_network_compiles_with_inductor(name):
-    network, x = small(name)
-    network.eval()
-    torch.compiler.reset()
-    with torch.no_grad():
-        loss = total(torch.compile(network, fullgraph=True)(x))
-        torch.testing.assert_close(loss, total(network(x)), rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", SMALL)
 def test_network_trains_finitely_under_autocast(name, dtype):
