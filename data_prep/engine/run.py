@@ -26,6 +26,8 @@ from data_prep.operations import Link
 
 Engine = Literal["process", "serial", "dask"]
 MANIFEST = "manifest.jsonl"
+#: how long a Dask scheduler may take to answer
+SCHEDULER_SECONDS = 30
 REPORTED_PACKAGES = ("monai-mamba", "numpy", "nibabel", "pydicom", "SimpleITK", "dcm2niix", "highdicom", "pillow")
 
 
@@ -260,12 +262,17 @@ def _executor(options: RunOptions) -> Iterator[tuple[Executor, int, Call]]:
         if options.scheduler is None:
             # Threads of one process: each thread has a worker process of its own, see run_isolated.
             cluster = LocalCluster(
-                n_workers=1, threads_per_worker=options.workers, processes=False, dashboard_address=None
+                n_workers=1,
+                threads_per_worker=options.workers,
+                processes=False,
+                dashboard_address=None,
+                host="127.0.0.1",
+                protocol="tcp",
             )
             stack.enter_context(cluster)
             stack.callback(close_workers)
         try:
-            client = stack.enter_context(Client(options.scheduler or cluster, timeout=30))
+            client = stack.enter_context(Client(options.scheduler or cluster, timeout=SCHEDULER_SECONDS))
         except OSError as error:
             raise UsageError(f"no Dask scheduler answers at {options.scheduler}; check --scheduler.") from error
         slots = sum(client.nthreads().values())
