@@ -224,7 +224,7 @@ def test_corpus_is_refused_in_time_and_runs_nothing(tmp_path):
     for case in corpus.cases(tmp_path, canary):
         path.write_bytes(case.data)
         num_cases += 1
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             read = read_state_dict(path)
         except CheckpointError as error:
@@ -238,7 +238,7 @@ def test_corpus_is_refused_in_time_and_runs_nothing(tmp_path):
             }
             if not allowed[case.verdict]:
                 wrong.append(case.name)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         if seconds > 3:
             slow.append((case.name, seconds))
     assert not wrong

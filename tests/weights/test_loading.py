@@ -467,14 +467,14 @@ def test_damaged_files_of_a_network_are_refused_or_equal(tmp_path, medmamba_file
     refused = 0
     for data in damaged:
         path.write_bytes(data)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             network = from_published(path)
         except CheckpointError:
             refused += 1
         else:
             assert same(network.state_dict(), expected)
-        assert time.perf_counter() - start < 3
+        assert time.process_time() - start < 3
     assert refused >= 45
 
 
