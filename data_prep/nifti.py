@@ -24,7 +24,8 @@ from data_prep.model import Form
 MAX_GZIP_RATIO = 1032
 #: one volume may not claim more than this in memory
 MAX_BYTES = 16 << 30
-GZIP_LEVEL = 6
+# On a CT 2.8 times as fast as level 6, for a file 13 % larger (0.60 against 1.66 s of CPU, 6.9 against 6.1 MB).
+GZIP_LEVEL = 3
 _CHUNK = 1 << 20
 #: qform and sform may differ by this, plus, per mm of extent, what a quaternion in single precision loses: its first
 #: component is recomputed as a root of a difference, which costs up to sqrt(2 * 2**-24) = 3.5e-4 rad near a half turn

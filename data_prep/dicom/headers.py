@@ -19,6 +19,7 @@ from data_prep.operations import Job, Operation, Outcome
 
 # pydicom quotes damaged values in its warnings, and Python prints those of unconfigured loggers to standard error.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
 
 #: part of the cache key: raise it when `read_facts` changes
 FACTS_VERSION = "dicom-1"

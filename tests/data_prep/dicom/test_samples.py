@@ -17,7 +17,7 @@ from tests.data_prep.dicom_factories import oracle_distance
 from tests.data_prep.factories import convert_tree, report_lines
 
 SAMPLES = Path(__file__).parents[2] / "data" / "data_prep"
-# Larger samples (see docs/data_prep/geometry.md); the folder that holds dicom_edge, seg_dicom and so on.
+# Larger samples, not in the repository: the folder that holds dicom_edge, seg_dicom and so on.
 MORE = Path(os.environ.get("MONAI_MAMBA_SAMPLES", "/nonexistent"))
 more = pytest.mark.skipif(not MORE.is_dir(), reason="MONAI_MAMBA_SAMPLES is not set")
 
