@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 # Set before any test module imports torch or nnU-Net: small worker counts, no surprise from the user's environment.
 os.environ.update({"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "0", "MPLBACKEND": "Agg"})
 os.environ.pop("MONAI_MAMBA_BACKEND", None)
+# A shell that starts the tests in the background makes them, and every command they run, deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
