@@ -155,3 +155,14 @@ def test_autocast_stays_within_the_stated_distance(name):
                 found = network(*inputs).float()
             assert torch.isfinite(found).all()
             assert (found - expected).norm() <= limit * expected.norm(), dtype
+
+
+@pytest.mark.slow
+def test_small_network_equals_eager_under_inductor():
+    """Slow because inductor compiles C++, for which the quick suite must not need a compiler."""
+    from monai_mamba.networks import MedMamba
+
+    network = MedMamba(in_channels=1, num_classes=3, depths=(1, 1), dims=16).eval()
+    x = torch.randn(1, 1, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(network, fullgraph=True)(x), network(x), rtol=1e-4, atol=1e-5)
