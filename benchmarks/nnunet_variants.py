@@ -5,8 +5,8 @@
 Takes some cases of the decathlon's hippocampus set for training, others for testing, plans and preprocesses them with
 nnU-Net, trains every variant for the same number of iterations on the same plan and fold, predicts the test cases
 without test-time augmentation and writes the Dice of every structure as JSON and as a Markdown table. nnU-Net's
-training is not seeded, so single runs differ; ``--repeats`` shows by how much. Rows that the output file holds already
-are kept, so a table can be made in several sittings.
+training is not seeded, so single runs differ; ``--repeats`` shows by how much. Every variant runs once before any runs
+twice, and runs that the output file holds already are not made again: a table can be made in several sittings.
 """
 
 from __future__ import annotations
@@ -147,43 +147,55 @@ def main() -> None:
     run(plan, environment | {"nnUNet_n_proc_DA": "1"}, log)
 
     rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
-    for name in arguments.variants:
-        trainer = class_name(list(VARIANTS).index(name))
-        for repeat in range(arguments.repeats):
-            results = work / "results" / raw.name / f"{trainer}__nnUNetPlans__3d_fullres"
-            shutil.rmtree(results, ignore_errors=True)
-            seconds = run(
-                f"nnUNetv2_train {DATASET_ID} 3d_fullres 0 -tr {trainer} -device {arguments.device}".split(),
-                environment,
-                log,
-            )
-            predictions = work / "predictions" / trainer
-            shutil.rmtree(predictions, ignore_errors=True)
-            run(
-                f"nnUNetv2_predict -i {raw}/imagesTs -o {predictions} -d {DATASET_ID} -c 3d_fullres -f 0 -tr {trainer} "
-                f"-device {arguments.device} -npp 1 -nps 1 --disable_tta".split(),
-                environment,
-                log,
-            )
-            run(
-                f"nnUNetv2_evaluate_folder {raw}/labelsTs {predictions} -djfile {raw}/dataset.json "
-                f"-pfile {results}/plans.json -np 1".split(),
-                environment,
-                log,
-            )
-            summary = json.loads((predictions / "summary.json").read_text())
-            dice = {structure: summary["mean"][str(label)]["Dice"] for structure, label in structures.items()}
-            rows.append(
-                {
-                    "variant": name,
-                    "repeat": repeat,
-                    "dice": dice,
-                    "iterations": arguments.epochs * arguments.iterations,
-                    "train_seconds": round(seconds, 1),
-                }
-            )
+    done = {(row["variant"], row["repeat"]) for row in rows}
+    for repeat in range(arguments.repeats):
+        for name in arguments.variants:
+            if (name, repeat) in done:
+                continue
+            rows.append(measure(name, repeat, arguments, raw, structures, environment, log))
             print(json.dumps(rows[-1]), flush=True)
             write_results(arguments, rows, list(structures))
+
+
+def measure(
+    name: str,
+    repeat: int,
+    arguments: argparse.Namespace,
+    raw: Path,
+    structures: dict[str, int],
+    environment: dict[str, str],
+    log: Path,
+) -> dict:
+    """Train one variant, predict the test cases and score them; return its row."""
+    trainer = class_name(list(VARIANTS).index(name))
+    work = arguments.work.resolve()
+    results = work / "results" / raw.name / f"{trainer}__nnUNetPlans__3d_fullres"
+    predictions = work / "predictions" / trainer
+    shutil.rmtree(results, ignore_errors=True)
+    shutil.rmtree(predictions, ignore_errors=True)
+    seconds = run(
+        f"nnUNetv2_train {DATASET_ID} 3d_fullres 0 -tr {trainer} -device {arguments.device}".split(), environment, log
+    )
+    run(
+        f"nnUNetv2_predict -i {raw}/imagesTs -o {predictions} -d {DATASET_ID} -c 3d_fullres -f 0 -tr {trainer} "
+        f"-device {arguments.device} -npp 1 -nps 1 --disable_tta".split(),
+        environment,
+        log,
+    )
+    run(
+        f"nnUNetv2_evaluate_folder {raw}/labelsTs {predictions} -djfile {raw}/dataset.json "
+        f"-pfile {results}/plans.json -np 1".split(),
+        environment,
+        log,
+    )
+    summary = json.loads((predictions / "summary.json").read_text())
+    return {
+        "variant": name,
+        "repeat": repeat,
+        "dice": {structure: summary["mean"][str(label)]["Dice"] for structure, label in structures.items()},
+        "iterations": arguments.epochs * arguments.iterations,
+        "train_seconds": round(seconds, 1),
+    }
 
 
 def write_results(arguments: argparse.Namespace, rows: list[dict], structures: list[str]) -> None:
