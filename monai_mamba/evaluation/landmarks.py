@@ -1,4 +1,4 @@
-"""Landmark detection: positions from heat maps, mean radial error and success detection rate in mm."""
+"""Landmark detection: mean radial error and success detection rate in mm."""
 
 from __future__ import annotations
 
@@ -11,55 +11,6 @@ from monai_mamba.evaluation.bootstrap import bootstrap
 
 #: Radii of the success detection rate; the published evaluation goes from 0 to 6 mm in steps of 0.1.
 RADII_MM = (1.0, 2.0, 3.0, 4.0)
-
-
-def decode_heat_maps(heat_maps: np.ndarray, window: int = 0) -> np.ndarray:
-    """Return the position of each heat map's maximum, in voxels of the array.
-
-    Args:
-        heat_maps: ``(landmarks, *spatial)``.
-        window: 0 takes the voxel of the maximum (published); else the center of mass of the values within ``window``
-            voxels of it is taken, which resolves fractions of a voxel.
-
-    Returns:
-        ``(landmarks, spatial_dims)``, float64.
-
-    Raises:
-        ValueError: if there is no spatial axis, or a value is not finite.
-    """
-    heat_maps = np.asarray(heat_maps, dtype=np.float64)
-    if heat_maps.ndim < 2:
-        raise ValueError(f"`heat_maps` must have shape (landmarks, *spatial), got {heat_maps.shape}")
-    if window < 0:
-        raise ValueError(f"`window` must be at least 0, got {window}")
-    if not np.isfinite(heat_maps).all():
-        raise ValueError("`heat_maps` holds values that are not finite; the network has diverged")
-    shape = heat_maps.shape[1:]
-    peaks = np.stack(np.unravel_index(heat_maps.reshape(len(heat_maps), -1).argmax(1), shape), axis=1)
-    if window == 0:
-        return peaks.astype(np.float64)
-    positions = np.empty(peaks.shape)
-    for index, (heat_map, peak) in enumerate(zip(heat_maps, peaks, strict=True)):
-        # The window is cut evenly at a border: a one-sided one would pull the position inwards.
-        reach = [min(window, p, size - 1 - p) for p, size in zip(peak, shape, strict=True)]
-        block = heat_map[tuple(slice(p - r, p + r + 1) for p, r in zip(peak, reach, strict=True))]
-        weights = block - block.min()
-        if weights.sum() == 0:
-            positions[index] = peak
-            continue
-        grid = np.meshgrid(*(np.arange(-r, r + 1) for r in reach), indexing="ij")
-        positions[index] = peak + np.array([(offset * weights).sum() for offset in grid]) / weights.sum()
-    return positions
-
-
-def voxel_to_world(voxels: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Return world coordinates in mm (RAS+ for NIfTI affines) of positions in voxels.
-
-    Args:
-        voxels: ``(..., 3)`` in the order of the array's axes (i, j, k).
-        affine: ``(4, 4)``.
-    """
-    return np.asarray(voxels) @ affine[:3, :3].T + affine[:3, 3]
 
 
 def radial_errors(predicted_mm: np.ndarray, reference_mm: np.ndarray) -> np.ndarray:

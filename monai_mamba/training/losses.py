@@ -1,4 +1,4 @@
-"""Losses of the classification bundles."""
+"""Losses of the bundles."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from monai_mamba.training.bundle import class_weights
 
@@ -22,6 +23,18 @@ class SingleLogitLoss(nn.BCEWithLogitsLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return super().forward(input[:, 0], target.to(input.dtype))
+
+
+class HeatMapLoss(nn.Module):
+    """Mean squared error of heat maps ``(B, landmarks, *spatial)``; NaN maps (landmarks a case lacks) are left out."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        is_known = ~target.flatten(2).isnan().any(2)  # (B, landmarks)
+        if is_known.all():
+            return F.mse_loss(input, target)
+        if not is_known.any():
+            return input.sum() * 0.0  # a batch without any landmark changes nothing
+        return F.mse_loss(input[is_known], target[is_known])
 
 
 def classification_loss(
