@@ -13,6 +13,9 @@ import pytest
 # Set before any test module imports torch or nnU-Net: small worker counts, no surprise from the user's environment.
 os.environ.update({"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "0", "MPLBACKEND": "Agg"})
 os.environ.pop("MONAI_MAMBA_BACKEND", None)
+# Workers of pytest-xdist share the cores; more threads than cores make both slower.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
 # A shell that starts the tests in the background makes them, and every command they run, deaf to Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
