@@ -21,6 +21,7 @@ from torch import nn
 from monai_mamba.errors import CheckpointError, RunError
 from monai_mamba.files import whole_file, write_text
 from monai_mamba.training.bundle import MODEL_CARD, rank, seed_everything
+from monai_mamba.training.outputs import class_probabilities
 
 logger = logging.getLogger(__name__)
 
@@ -265,13 +266,8 @@ class PredictionWriter:
         batch: Any = engine.state.batch
         output: Any = engine.state.output
         # The engine's output holds logits here; postprocessing, for the metrics, comes after.
-        logits = torch.as_tensor(output["pred"]).detach().float().cpu()
-        if logits.shape[1] == 1 and len(self.classes) == 2:  # one logit, for the second class
-            logits = torch.cat([torch.zeros_like(logits), logits], 1)
-        probs = logits.sigmoid() if self.multi_label else logits.softmax(1)
-        if probs.shape[1] != len(self.classes):
-            raise RunError(f"the network has {probs.shape[1]} outputs, the data set {len(self.classes)} classes")
-        for index, row in enumerate(probs.double().tolist()):
+        probs = class_probabilities(output["pred"], len(self.classes), self.multi_label)
+        for index, row in enumerate(probs.tolist()):
             entry: dict[str, Any] = {"case": batch["case"][index], "patient": batch["patient"][index]}
             if "label" in batch:
                 label = torch.as_tensor(batch["label"][index])
