@@ -98,7 +98,7 @@ def _check_file(
     try:
         if path.name.endswith((".nii", ".nii.gz")):
             return _check_nifti(path, file, is_label, allowed, findings)
-        if path.suffix == ".png":
+        if path.suffix in (".png", ".jpg"):
             from data_prep.operations.pictures import open_picture
 
             size = list(open_picture(path)[0].size)
@@ -157,13 +157,13 @@ def _check_documents(out: Path, lines: list[dict[str, Any]], findings: Findings)
     if (out / "datalist.json").exists():
         content = _json(out / "datalist.json", findings)
         if content is not None:
-            parts = ("training", "validation", "testing")
+            parts = ("training", "validation", "test", "testing")
             named = {
                 str(PurePosixPath(value))
                 for part in parts
                 for entry in content.get(part, [])
                 for key, values in entry.items()
-                if key.startswith(("image", "label"))
+                if key.startswith(("image", "label", "mask"))
                 for value in (values if isinstance(values, list) else [values])
                 if isinstance(value, str)
             }

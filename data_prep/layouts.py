@@ -113,7 +113,10 @@ class NnunetLayout(Layout):
 
 
 class MonaiLayout(Layout):
-    """MONAI: ``images/NAME.nii.gz`` (or ``NAME_VIEW``), ``labels/NAME.nii.gz``, ``datalist.json``, ``cases.csv``."""
+    """MONAI: ``images/NAME.nii.gz`` (or ``NAME_VIEW``), ``labels/NAME.nii.gz``, ``datalist.json``, ``cases.csv``.
+
+    Lists for segmentation are Auto3DSeg's, all others those of the bundles (docs/bundles.md, Data).
+    """
 
     name = "monai"
 
@@ -128,23 +131,29 @@ class MonaiLayout(Layout):
             images = (f"images/{name}{ending}",)
         else:
             images = tuple(f"images/{name}_{i:04d}{ending}" for i in range(len(case.images)))
-        return images + ((f"labels/{name}{ending}",) if case.label_map else ())
+        label_map = (f"labels/{name}{ending}",) if case.label_map else ()
+        masks = tuple(f"labels/{name}_{view}{ending}" for view in case.views) if case.masks else ()
+        return images + label_map + masks
 
     def documents(self, description: Description, made: Sequence[Made]) -> dict[str, str]:
-        keys = {"train": "training", "val": "validation", "test": "testing"}
+        # Auto3DSeg, which segments, looks for "testing"; the bundles of this package understand both.
+        test = "testing" if description.task == "segmentation" else "test"
+        keys = {"train": "training", "val": "validation", "test": test}
         lists: dict[str, list[dict[str, Any]]] = {"training": []}
         for one in made:
-            lists.setdefault(keys[one.entry.case.split or "train"], []).append(_datalist_entry(one))
+            entries = [_segmentation_entry(one)] if description.task == "segmentation" else _entries(one, description)
+            lists.setdefault(keys[one.entry.case.split or "train"], []).extend(entries)
         content: dict[str, Any] = {
             "name": description.name,
             "description": description.text,
             "labels": {str(k): v if isinstance(v, int) else list(v) for k, v in description.labels.items()},
+            **_names(description),
             "modality": {str(i): channel for i, channel in enumerate(description.channels)},
             "numTraining": len(lists["training"]),
-            "numTest": len(lists.get("testing", [])),
+            "numTest": len(lists.get(test, [])),
             **_provenance(description),
             **description.extra,
-            **{key: lists[key] for key in ("training", "validation", "testing") if key in lists},
+            **{key: lists[key] for key in keys.values() if key in lists},
         }
         return {"datalist.json": _json(content), "cases.csv": _cases_table(made)}
 
@@ -152,23 +161,56 @@ class MonaiLayout(Layout):
 LAYOUTS: Mapping[str, Layout] = {"nnunet": NnunetLayout(), "monai": MonaiLayout()}
 
 
-def _datalist_entry(made: Made) -> dict[str, Any]:
+def _segmentation_entry(made: Made) -> dict[str, Any]:
     # Auto3DSeg joins the data folder to every string and to every list, so nothing but paths may be one of these.
     case, files = made.entry.case, list(made.files)
     images = files[: len(case.images)]
-    entry: dict[str, Any] = {}
-    if case.views:
-        entry["image"] = images[0]
-        entry.update({f"image_{view}": path for view, path in zip(case.views[1:], images[1:], strict=True)})
-    else:
-        entry["image"] = images[0] if len(images) == 1 else images
+    entry: dict[str, Any] = {"image": images[0] if len(images) == 1 else images}
     if case.label_map:
-        entry["label"] = files[-1]
-    elif case.target is not None:
-        entry["label"] = case.target
+        entry["label"] = files[len(images)]
     if made.entry.fold is not None:
         entry["fold"] = made.entry.fold
     return entry
+
+
+def _entries(made: Made, description: Description) -> list[dict[str, Any]]:
+    """What the bundles read: ``image``, or ``image1`` and ``image2`` for views; label, case, patient, study, fold."""
+    case, name = made.entry.case, made.entry.name
+    rest = made.files[len(case.images) :]
+    entries = []
+    for sample in case.samples or [tuple(range(len(case.images)))]:
+        files = [made.files[i] for i in sample]
+        entry: dict[str, Any] = {}
+        if len(files) == 1:
+            entry["image"] = files[0]
+        elif case.views:
+            entry.update({f"image{number}": path for number, path in enumerate(files, 1)})
+        else:
+            entry["image"] = files
+        if case.masks:
+            entry.update({f"mask{number}": rest[i] for number, i in enumerate(sample, 1)})
+        if case.label_map:
+            entry["label"] = rest[0]
+        elif description.task == "landmarks":
+            entry["landmarks_mm"] = case.target
+        elif isinstance(case.target, Mapping):
+            entry["label"], entry["label_mask"] = case.target["values"], case.target["mask"]
+        elif case.target is not None:
+            entry["label"] = case.target
+        entry |= {"case": name, "patient": made.entry.group}
+        if case.samples:
+            entry |= {"case": "_".join([name, *(case.views[i] for i in sample)]), "study": name}
+        if made.entry.fold is not None:
+            entry["fold"] = made.entry.fold
+        entries.append(entry)
+    return entries
+
+
+def _names(description: Description) -> dict[str, list[str]]:
+    key = {"classification": "classes", "multilabel": "classes", "landmarks": "landmarks"}.get(description.task)
+    if key is None:
+        return {}
+    return {key: [name for name, _ in sorted(description.labels.items(), key=lambda item: item[1])]}  # type: ignore[arg-type, return-value]
 
 
 def _splits(training: Sequence[Made]) -> list[dict[str, list[str]]]:

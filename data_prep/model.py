@@ -69,8 +69,12 @@ class Case:
         group: the patient (or whatever else must never be on both sides of a split). Never shown when personal.
         images: one `Make` per channel, or per view when `views` is given.
         label_map: the segmentation, on the grid of the images.
-        target: class index, list of 0/1 or floats, or a dict; for the datalist.
+        target: class index, list of 0/1 or floats, ``{"values": [...], "mask": [...]}`` where a loss shall leave out
+            some of the values, or landmarks ``[[x, y, z], ...]`` in mm, RAS+; for the datalist.
         views: names of the images when they are separate pictures (``("cc", "mlo")``), else empty: channels.
+        masks: one `Make` per view: a mask on the pixels of that picture.
+        samples: which images make one training example, as positions in `images`, when a case gives several
+            (the pairs of images of a study); empty: all images are one example.
         split: the official part this case belongs to; ``None`` leaves the choice to the split.
         stratum: cases of one stratum are spread evenly over the folds; empty takes the target.
         refs: further inputs that this case accounts for, for example the row of a table or a series.
@@ -89,11 +93,13 @@ class Case:
     refs: tuple[Ref, ...] = ()
     meta: Mapping[str, str | int | float] = field(default_factory=dict)
     same_grid: bool = True
+    masks: tuple[Make, ...] = ()
+    samples: tuple[tuple[int, ...], ...] = ()
 
     @property
     def makes(self) -> tuple[Make, ...]:
-        """Images and then, if any, the label map."""
-        return self.images + ((self.label_map,) if self.label_map else ())
+        """Images and then, if any, the label map or the masks."""
+        return self.images + ((self.label_map,) if self.label_map else ()) + self.masks
 
     @property
     def inputs(self) -> list[Ref]:

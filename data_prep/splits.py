@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from data_prep.errors import UsageError
-from data_prep.model import Case
+from data_prep.model import Case, OfficialSplit
 
 
 def stratum(case: Case) -> str:
@@ -50,14 +50,44 @@ def assign_folds(cases: Sequence[Case], num_folds: int | None, seed: int) -> dic
         return {}
     if num_folds < 2 or num_folds > num_groups:
         raise UsageError(f"--folds {num_folds} with {num_groups} patients: needs 2 to {num_groups}, or 0 for no folds.")
+    return _deal([(case.key, case.group, stratum(case)) for case in train], num_folds, seed)
+
+
+def partition(
+    members: Iterable[tuple[str, str, str]], shares: Mapping[OfficialSplit, int], seed: int
+) -> dict[str, OfficialSplit]:
+    """Divide by group into parts of given shares, stratified, independent of the order of `members`.
+
+    Args:
+        members: ``(key, group, stratum)`` of every case.
+        shares: whole shares, for example ``{"train": 6, "val": 1, "test": 3}`` for 60, 10 and 30 %.
+        seed: of the shuffle.
+
+    Returns:
+        Key to part.
+
+    Raises:
+        UsageError: fewer groups than shares.
+    """
+    members = sorted(members)
+    parts = [part for part, share in shares.items() for _ in range(share)]
+    num_groups = len({group for _, group, _ in members})
+    if num_groups < len(parts):
+        raise UsageError(
+            f"{num_groups} patients cannot be divided {':'.join(str(share) for share in shares.values())}; "
+            f"at least {len(parts)} are needed."
+        )
+    return {key: parts[fold] for key, fold in _deal(members, len(parts), seed).items()}
+
+
+def _deal(members: Sequence[tuple[str, str, str]], num_folds: int, seed: int) -> dict[str, int]:
     import warnings
 
     import numpy as np
     from sklearn.model_selection import StratifiedGroupKFold
 
-    strata = {name: i for i, name in enumerate(sorted({stratum(case) for case in train}))}
-    y = np.array([strata[stratum(case)] for case in train])
-    groups = np.unique([case.group for case in train], return_inverse=True)[1]
+    y = np.unique([stratum for _, _, stratum in members], return_inverse=True)[1]
+    groups = np.unique([group for _, group, _ in members], return_inverse=True)[1]
     folds: dict[str, int] = {}
     with warnings.catch_warnings():
         # A stratum with fewer members than folds cannot be in all of them; that is no reason to warn.
@@ -66,5 +96,5 @@ def assign_folds(cases: Sequence[Case], num_folds: int | None, seed: int) -> dic
         if np.bincount(y).max() < num_folds:
             y = np.zeros_like(y)
         for fold, (_, validation) in enumerate(splitter.split(np.zeros(len(y)), y, groups)):
-            folds.update({train[i].key: fold for i in validation})
+            folds.update({members[i][0]: fold for i in validation})
     return folds

@@ -35,10 +35,12 @@ class Row:
     Args:
         ref: name of the row in the report.
         values: column to cell, outer blanks and line breaks removed.
+        is_whole: the row has as many cells as the header; blank cells beyond it do not count.
     """
 
     ref: Ref
     values: Mapping[str, str]
+    is_whole: bool = True
 
     def __getitem__(self, column: str) -> str:
         return self.values[column]
@@ -189,32 +191,30 @@ class Tree:
         columns: Sequence[str] | None = None,
         required: Sequence[str] = (),
         delimiter: str = ",",
+        rename: Mapping[str, str] | None = None,
     ) -> list[Row]:
         """Rows of a CSV file; every row must get a verdict (a case's `refs`, or `Book.skip`, or `Book.fail`).
 
         Cells lose outer blanks and line breaks, header names lose outer blanks; quoted line breaks are understood.
+        `data_prep.tables.read_rows` does this and sorts out rows that are cut short.
 
         Args:
             path: tree path of the file.
             columns: column names for a file *without* a header row.
             required: columns that must be there.
             delimiter: of the cells.
+            rename: header names of some releases to those by which the columns are asked for.
 
         Raises:
             DatasetError: not UTF-8 or Latin-1 text, a required column is missing, or a header name occurs twice.
         """
         name = PurePosixPath(path).name
-        data = self.read_bytes(path)
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = data.decode("latin-1")
-        if "\0" in text:
-            raise DatasetError(f"{name} is not a text table: it holds NUL bytes.")
+        text = self._text(path)
         rows: list[Row] = []
         try:
             reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
             header = list(columns) if columns is not None else [cell.strip() for cell in next(reader, [])]
+            header = [(rename or {}).get(column, column) for column in header]
             if len(set(header)) != len(header):
                 raise DatasetError(f"{name} has a column name that occurs twice.")
             missing = [column for column in required if column not in header]
@@ -224,11 +224,31 @@ class Tree:
                 if not any(cell.strip() for cell in cells):
                     continue
                 values = dict(zip(header, (" ".join(cell.split()) for cell in cells), strict=False))
-                rows.append(Row(Ref(path, "row", str(len(rows) + 1)), values))
+                is_whole = len(cells) >= len(header) and not any(cell.strip() for cell in cells[len(header) :])
+                rows.append(Row(Ref(path, "row", str(len(rows) + 1)), values, is_whole))
         except csv.Error as error:
             raise DatasetError(f"{name} is not a valid table: {error}.") from error
         self._tables[path] = rows
         return rows
+
+    def first_cells(self, path: str, delimiter: str = ",") -> list[str]:
+        """Cells of the first line of a CSV file, to tell a header from data.
+
+        Raises:
+            DatasetError: not text.
+        """
+        line = self._text(path).lstrip().split("\n", 1)[0]
+        return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter), [])]
+
+    def _text(self, path: str) -> str:
+        data = self.read_bytes(path)
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = data.decode("latin-1")
+        if "\0" in text:
+            raise DatasetError(f"{PurePosixPath(path).name} is not a text table: it holds NUL bytes.")
+        return text
 
     @property
     def expected(self) -> Iterator[Ref]:

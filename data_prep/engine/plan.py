@@ -22,7 +22,7 @@ from data_prep.model import Case, Description, Json, Make, Ref, Source
 from data_prep.splits import assign_folds, official_conflict
 from data_prep.tree import Tree
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass
@@ -247,5 +247,7 @@ def _fat(content: dict[str, Any]) -> Entry:
         "label_map": make(case["label_map"]) if case["label_map"] else None,
         "views": tuple(case["views"]),
         "refs": tuple(Ref(**ref) for ref in case["refs"]),
+        "masks": tuple(make(one) for one in case["masks"]),
+        "samples": tuple(tuple(sample) for sample in case["samples"]),
     }
     return Entry(Case(**case), content["name"], content["group"], content["fold"], tuple(content["outputs"]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from data_prep.errors import ImageReadError
+from data_prep.errors import CaseError, ImageReadError
 from data_prep.geometry import Grid
 from data_prep.operations import Job, Outcome, operation, place
 
@@ -45,6 +45,20 @@ def picture(job: Job) -> Outcome:
         return Outcome(grid, linked=place(job.inputs[0], job))
     write_png(job.output, image)
     return Outcome(grid, is_resampled=is_shrunk, notes=notes)
+
+
+@operation(version=1)
+def as_it_is(job: Job) -> Outcome:
+    """A PNG or JPEG whose file is not touched, so that it can be linked; decoded once to see that it is whole.
+
+    Only for sources whose identifiers are public: whatever else the file holds comes along.
+    """
+    if job.personal:
+        raise CaseError("personal-file", "a file of a source with personal identifiers cannot be used as it is")
+    image, was_rotated = open_picture(job.inputs[0])
+    if was_rotated:
+        raise CaseError("rotated", "the EXIF orientation asks for turning the picture; convert it to PNG")
+    return Outcome(Grid(image.size, None), linked=place(job.inputs[0], job))
 
 
 def open_picture(path: Path) -> tuple[Image.Image, bool]:

@@ -13,7 +13,8 @@ The file is a MONAI data list with three sections and what is needed to trust it
 Files are relative to the folder. A study with two views has ``image1`` and ``image2``; a multi-label task has a list
 of 0 and 1 as ``label``, one per class; a segmentation has a label map's file as ``label``; landmarks are a list
 ``[[x, y, z], ...]`` in ``landmarks_mm`` (world, RAS+) under the names in ``"landmarks"``. ``case`` defaults to the
-name of the first file and ``patient`` to ``case``. No patient may be in two sections.
+name of the first file and ``patient`` to ``case``. No patient may be in two sections. Without a section ``validation``
+the training cases of one ``fold`` validate.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def load_cases(
     *,
     on_corrupt: str = "error",
     limit: int | None = None,
+    fold: int = 0,
 ) -> list[dict[str, Any]]:
     """Return the cases of one section, with absolute file names.
 
@@ -74,6 +76,7 @@ def load_cases(
             read; ``"drop"`` opens every file now and leaves out those that cannot be read, with a warning that counts
             and names them.
         limit: take only this many cases, evenly spaced over the section; for trials.
+        fold: without a section ``validation``, the training cases with this ``fold`` validate.
 
     Returns:
         One dictionary per case with ``case``, ``patient``, the files and the label.
@@ -88,9 +91,10 @@ def load_cases(
         raise ValueError(f"`on_corrupt` must be one of {', '.join(CORRUPT_POLICIES)}, got {on_corrupt!r}")
     manifest = read_manifest(dataset_dir)
     source = Path(dataset_dir) / MANIFEST
-    if not manifest.get(section):
+    sections = _sections(manifest, fold)
+    if not sections[section]:
         raise DatasetError(f"{source}: the section `{section}` is missing or empty")
-    by_section = {name: [_complete(case, source, name) for case in manifest.get(name, [])] for name in SECTIONS}
+    by_section = {name: [_complete(case, source, name) for case in sections[name]] for name in SECTIONS}
     _check_leaks(by_section, source)
     cases = [_resolve(case, Path(dataset_dir), source) for case in by_section[section]]
     if classes := manifest.get("classes"):
@@ -103,6 +107,17 @@ def load_cases(
     if limit is not None and limit < len(cases):
         cases = [cases[i * len(cases) // limit] for i in range(limit)]
     return cases
+
+
+def _sections(manifest: dict[str, Any], fold: int) -> dict[str, list[Any]]:
+    """The three sections; ``testing`` is Auto3DSeg's name of the test section."""
+    sections = {name: list(manifest.get(name, [])) for name in SECTIONS}
+    sections["test"] = sections["test"] or list(manifest.get("testing", []))
+    if not sections["validation"]:
+        held_out = [isinstance(case, dict) and case.get("fold") == fold for case in sections["training"]]
+        sections["validation"] = [case for case, held in zip(sections["training"], held_out, strict=True) if held]
+        sections["training"] = [case for case, held in zip(sections["training"], held_out, strict=True) if not held]
+    return sections
 
 
 def list_inputs(dataset_dir: os.PathLike[str] | str, section: str = "test") -> list[dict[str, Any]]:

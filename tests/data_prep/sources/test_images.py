@@ -26,7 +26,7 @@ def test_classes_parts_and_duplicates(tmp_path):
     write_picture(root / "loose.png", seed=6000)
     assert convert_tree(Images(), root, tmp_path / "out", folds=0) == 0
     found = _datalist(tmp_path / "out")
-    assert len(found["testing"]) == 2 and len(found["training"]) == 7
+    assert len(found["test"]) == 2 and len(found["training"]) == 7
     assert found["labels"] == {"cat": 0, "dog": 1}
     lines = report_lines(tmp_path / "out")
     assert lines["file", "train/cat/0.png", ""] == ("skipped", "duplicate")
