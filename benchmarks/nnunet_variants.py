@@ -14,14 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
-import re
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
+
+from nnunet_runs import TRAINERS, Job, cases_by_person, provenance, write_raw
 
 DATASET_ID = 904
 BASE = {"init_filters": 16}
@@ -40,30 +37,19 @@ VARIANTS: dict[str, tuple[dict, str, float] | None] = {
 }
 
 
-def class_name(index: int) -> str:
-    return f"BenchmarkVariant{index}"
+def class_name(name: str) -> str:
+    return "BenchmarkNNUNet" if VARIANTS[name] is None else f"BenchmarkVariant{list(VARIANTS).index(name)}"
 
 
 def write_trainers(folder: Path) -> None:
     """Write the variants as trainer classes nnU-Net can find."""
-    lines = [
-        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer",
-        "from monai_mamba.nnunet.trainer import MambaTrainer, _positive_from_environment",
-    ]
-    for index, variant in enumerate(VARIANTS.values()):
+    lines = ["from monai_mamba.nnunet.trainer import MambaTrainer"]
+    for name, variant in VARIANTS.items():
         if variant is None:
-            lines += [
-                f"class {class_name(index)}(nnUNetTrainer):",
-                "    def __init__(self, plans, configuration, fold, dataset_json, device=None):",
-                "        super().__init__(plans, configuration, fold, dataset_json, device)",
-                "        self.num_epochs = _positive_from_environment('MONAI_MAMBA_EPOCHS')",
-                "        self.num_iterations_per_epoch = _positive_from_environment('MONAI_MAMBA_ITERATIONS')",
-                "        self.num_val_iterations_per_epoch = 2",
-            ]
             continue
         arguments, optimizer, learning_rate = variant
         lines += [
-            f"class {class_name(index)}(MambaTrainer):",
+            f"class {class_name(name)}(MambaTrainer):",
             f"    network_arguments = {arguments!r}",
             f"    optimizer_name = {optimizer!r}",
             f"    learning_rate = {learning_rate!r}",
@@ -74,44 +60,13 @@ def write_trainers(folder: Path) -> None:
     (folder / "benchmark_variants.py").write_text("\n".join(lines) + "\n")
 
 
-def make_dataset(source: Path, raw: Path, num_train: int, num_test: int, seed: int) -> dict[str, int]:
-    """Copy the drawn cases into nnU-Net's layout; return the structures, ``{name: label}``."""
-    description = json.loads((source / "dataset.json").read_text())
-    # The numbers 2k - 1 and 2k are most likely one person's two sides (hippocampus_pairs.py): at most one is used.
-    of_person: dict[int, str] = {}
-    for path in sorted((source / "labelsTr").glob("[!.]*.nii.gz")):
-        name = path.name[: -len(".nii.gz")]
-        of_person.setdefault((int(re.findall(r"\d+", name)[0]) + 1) // 2, name)
-    cases = sorted(of_person.values())
+def draw_cases(source: Path, num_train: int, num_test: int, seed: int) -> tuple[list[str], list[str]]:
+    """Draw training and test cases, at most one of a person."""
+    cases = sorted(names[0] for names in cases_by_person(source).values())
     random.Random(seed).shuffle(cases)
     if len(cases) < num_train + num_test:
         raise SystemExit(f"{source} has {len(cases)} persons, {num_train + num_test} are needed")
-    for split, names in (("Tr", cases[:num_train]), ("Ts", cases[num_train : num_train + num_test])):
-        for kind in ("images", "labels"):
-            (raw / f"{kind}{split}").mkdir(parents=True, exist_ok=True)
-        for name in names:
-            shutil.copy(source / "imagesTr" / f"{name}.nii.gz", raw / f"images{split}" / f"{name}_0000.nii.gz")
-            shutil.copy(source / "labelsTr" / f"{name}.nii.gz", raw / f"labels{split}" / f"{name}.nii.gz")
-    labels = {name.lower(): int(value) for value, name in description["labels"].items()}
-    (raw / "dataset.json").write_text(
-        json.dumps(
-            {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": num_train, "file_ending": ".nii.gz"}
-        )
-    )
-    return {name: value for name, value in labels.items() if value}
-
-
-def run(command: list[str], environment: dict[str, str], log: Path) -> float:
-    began = time.monotonic()
-    with log.open("a") as stream:
-        subprocess.run(
-            [str(Path(sys.executable).with_name(command[0])), *command[1:]],
-            env=environment,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            check=True,
-        )
-    return time.monotonic() - began
+    return cases[:num_train], cases[num_train : num_train + num_test]
 
 
 def main() -> None:
@@ -131,20 +86,18 @@ def main() -> None:
     work = arguments.work.resolve()
     raw = work / "raw" / f"Dataset{DATASET_ID}_Benchmark"
     write_trainers(work / "trainers")
-    structures = make_dataset(arguments.folder, raw, arguments.train, arguments.test, seed=0)
-    environment = os.environ | {
-        "nnUNet_raw": str(work / "raw"),
-        "nnUNet_preprocessed": str(work / "preprocessed"),
-        "nnUNet_results": str(work / "results"),
-        "nnUNet_extTrainer": str(work / "trainers"),
-        "nnUNet_n_proc_DA": "0",
-        "nnUNet_def_n_proc": "1",
-        "MONAI_MAMBA_EPOCHS": str(arguments.epochs),
-        "MONAI_MAMBA_ITERATIONS": str(arguments.iterations),
-    }
-    log = work / "log.txt"
-    plan = f"nnUNetv2_plan_and_preprocess -d {DATASET_ID} -c 3d_fullres -np 1 -npfp 1".split()
-    run(plan, environment | {"nnUNet_n_proc_DA": "1"}, log)
+    structures = write_raw(
+        arguments.folder, raw, *draw_cases(arguments.folder, arguments.train, arguments.test, seed=0)
+    )
+    job = Job(
+        work,
+        {
+            "nnUNet_extTrainer": os.pathsep.join([str(work / "trainers"), str(TRAINERS)]),
+            "MONAI_MAMBA_EPOCHS": str(arguments.epochs),
+            "MONAI_MAMBA_ITERATIONS": str(arguments.iterations),
+        },
+    )
+    job.plan(DATASET_ID, "3d_fullres")
 
     rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
     done = {(row["variant"], row["repeat"]) for row in rows}
@@ -152,41 +105,28 @@ def main() -> None:
         for name in arguments.variants:
             if (name, repeat) in done:
                 continue
-            rows.append(measure(name, repeat, arguments, raw, structures, environment, log))
+            rows.append(measure(name, repeat, arguments, raw, structures, job))
             print(json.dumps(rows[-1]), flush=True)
             write_results(arguments, rows, list(structures))
 
 
 def measure(
-    name: str,
-    repeat: int,
-    arguments: argparse.Namespace,
-    raw: Path,
-    structures: dict[str, int],
-    environment: dict[str, str],
-    log: Path,
+    name: str, repeat: int, arguments: argparse.Namespace, raw: Path, structures: dict[str, int], job: Job
 ) -> dict:
     """Train one variant, predict the test cases and score them; return its row."""
-    trainer = class_name(list(VARIANTS).index(name))
-    work = arguments.work.resolve()
-    results = work / "results" / raw.name / f"{trainer}__nnUNetPlans__3d_fullres"
-    predictions = work / "predictions" / trainer
+    trainer = class_name(name)
+    results = job.work / "results" / raw.name / f"{trainer}__nnUNetPlans__3d_fullres"
+    predictions = job.work / "predictions" / trainer
     shutil.rmtree(results, ignore_errors=True)
     shutil.rmtree(predictions, ignore_errors=True)
-    seconds = run(
-        f"nnUNetv2_train {DATASET_ID} 3d_fullres 0 -tr {trainer} -device {arguments.device}".split(), environment, log
-    )
-    run(
+    seconds, _ = job.run(f"nnUNetv2_train {DATASET_ID} 3d_fullres 0 -tr {trainer} -device {arguments.device}")
+    job.run(
         f"nnUNetv2_predict -i {raw}/imagesTs -o {predictions} -d {DATASET_ID} -c 3d_fullres -f 0 -tr {trainer} "
-        f"-device {arguments.device} -npp 1 -nps 1 --disable_tta".split(),
-        environment,
-        log,
+        f"-device {arguments.device} -npp 1 -nps 1 --disable_tta"
     )
-    run(
+    job.run(
         f"nnUNetv2_evaluate_folder {raw}/labelsTs {predictions} -djfile {raw}/dataset.json "
-        f"-pfile {results}/plans.json -np 1".split(),
-        environment,
-        log,
+        f"-pfile {results}/plans.json -np 1"
     )
     summary = json.loads((predictions / "summary.json").read_text())
     return {
@@ -199,22 +139,8 @@ def measure(
 
 
 def write_results(arguments: argparse.Namespace, rows: list[dict], structures: list[str]) -> None:
-    import nnunetv2  # noqa: F401 - its version is reported below
-    import torch
-
-    import monai_mamba
-
-    from importlib.metadata import version  # isort: skip
-
     report = {
-        "command": " ".join(["python", *sys.argv]),
-        "versions": {
-            "monai-mamba": monai_mamba.__version__,
-            "nnunetv2": version("nnunetv2"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        **provenance(arguments.device),
         "cases": {"train": arguments.train, "test": arguments.test},
         "rows": rows,
     }
