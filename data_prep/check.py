@@ -14,10 +14,11 @@ import numpy as np
 from data_prep.engine.files import sha256
 from data_prep.engine.run import MANIFEST
 from data_prep.errors import CaseError, UsageError
-from data_prep.geometry import Grid, grid_difference
+from data_prep.geometry import Grid, grid_difference, landmarks_in_voxels
 
 #: files of the data set that no manifest line names
-_DOCUMENTS = {MANIFEST, "dataset.json", "datalist.json", "cases.csv", "report.csv", "report.json", "splits_final.json"}
+_DOCUMENTS = {MANIFEST, "dataset.json", "datalist.json", "cases.csv", "report.csv", "report.json", "splits_final.json",
+              "landmarks.json"}  # fmt: skip
 
 
 @dataclass
@@ -53,12 +54,17 @@ def check_data_set(out: Path) -> Findings:
             grid = _check_file(out, file, number >= line["images"], allowed, findings)
             if grid is not None:
                 grids.append(grid)
+        try:
+            landmarks_in_voxels(line.get("landmarks", []), grids[0] if grids else None)
+        except CaseError as error:
+            findings.add(error.reason, line["case"], error.detail)
         if line["same_grid"]:
             for grid in grids[1:]:
                 difference = grid_difference(grids[0], grid)
                 if difference:
                     findings.add("grids-differ", line["case"], difference)
     _check_strays(out, lines, findings)
+    _check_landmarks(out, lines, findings)
     _check_documents(out, lines, findings)
     _check_leakage(out, lines, findings)
     return findings
@@ -178,6 +184,31 @@ def _check_documents(out: Path, lines: list[dict[str, Any]], findings: Findings)
                 findings.add("leakage", case, f"is in training and validation of fold {number}")
             for case in sorted(unknown):
                 findings.add("splits_final.json", case, "is not a training case")
+
+
+def _check_landmarks(out: Path, lines: list[dict[str, Any]], findings: Findings) -> None:
+    """Landmarks of datalist.json and landmarks.json are those of the manifest, in world and in voxels alike."""
+    named: dict[str, dict[str, Any]] = {}
+    if (out / "landmarks.json").exists():
+        named |= (_json(out / "landmarks.json", findings) or {}).get("cases", {})
+    if (out / "datalist.json").exists():
+        content = _json(out / "datalist.json", findings) or {}
+        for part in ("training", "validation", "test"):
+            for entry in content.get(part, []):
+                if "landmarks" in entry:
+                    named[str(entry.get("case"))] = entry
+    for line in lines:
+        wanted, found = line.get("landmarks"), named.get(line["case"], {})
+        if wanted != found.get("landmarks"):
+            findings.add("landmarks", line["case"], "are not those of the manifest")
+        elif wanted and "grid" in line["files"][0]:
+            try:
+                voxels = np.array(landmarks_in_voxels(wanted, Grid.from_json(line["files"][0]["grid"])))
+                is_same = np.allclose(voxels, np.array(found["landmarks_voxel"]), rtol=0, atol=1e-3)
+            except (CaseError, KeyError, ValueError, TypeError):
+                is_same = False
+            if not is_same:
+                findings.add("landmarks", line["case"], "voxel and world coordinates are different places")
 
 
 def _in_training(line: dict[str, Any]) -> bool:

@@ -6,11 +6,14 @@ LPS+; `lps_to_ras` is the only place where the two meet.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import numpy as np
+
+from data_prep.errors import CaseError
 
 #: two grids whose voxel centers differ by no more than this are the same grid
 TOLERANCE_MM = 0.01
@@ -68,6 +71,29 @@ def grid_difference(first: Grid, second: Grid, tolerance_mm: float = TOLERANCE_M
     if not distance <= tolerance_mm:
         return f"voxels lie up to {distance:.3g} mm apart (allowed {tolerance_mm} mm)"
     return ""
+
+
+def landmarks_in_voxels(points: Sequence[Sequence[float]], grid: Grid | None) -> list[list[float]]:
+    """Voxel coordinates ``(i, j, k)`` of world points; integers are centers of voxels.
+
+    Args:
+        points: ``(x, y, z)`` in mm, RAS+.
+        grid: of the image they belong to.
+
+    Raises:
+        CaseError: a point is not finite or lies outside of the image, or the image has no place in space.
+    """
+    if not len(points):
+        return []
+    if grid is None or grid.affine is None:
+        raise CaseError("no-orientation", "landmarks in mm need an image with a place in space")
+    world = np.array(points, dtype=np.float64)
+    voxels = np.linalg.solve(grid.affine[:3, :3], (world - grid.affine[:3, 3]).T).T
+    inside = (voxels >= -0.5).all(axis=1) & (voxels <= np.array(grid.shape) - 0.5).all(axis=1)
+    if not inside.all():  # NaN compares false
+        numbers = ", ".join(str(n + 1) for n in np.flatnonzero(~inside))
+        raise CaseError("landmark-outside-image", f"landmarks number {numbers} of {len(points)}")
+    return voxels.tolist()
 
 
 def check_affine(affine: np.ndarray) -> str:

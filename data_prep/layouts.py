@@ -37,10 +37,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What came out of a case: for each `Case.makes`, the path of its file (or of the input that stands for it)."""
+    """What came out of a case.
+
+    Args:
+        entry: of the plan.
+        files: for each `Case.makes`, the path of its file (or of the input that stands for it).
+        landmarks_voxel: `Case.landmarks` on the grid of the first image.
+    """
 
     entry: Entry
     files: tuple[str, ...]
+    landmarks_voxel: tuple[tuple[float, ...], ...] = ()
 
 
 class Layout(ABC):
@@ -70,7 +77,7 @@ class NnunetLayout(Layout):
     may_refer = True
 
     def check(self, description: Description) -> None:
-        if description.task != "segmentation":
+        if description.label_values is None:
             raise UsageError(f"nnU-Net segments; this data set is for {description.task}. Use --format monai.")
         has_regions = any(not isinstance(value, int) for value in description.labels.values())
         if has_regions != (description.regions_class_order is not None):
@@ -106,6 +113,9 @@ class NnunetLayout(Layout):
                 one.entry.name: {"images": list(one.files[:-1]), "label": one.files[-1]} for one in training
             }
         documents = {"dataset.json": _json(content), "cases.csv": _cases_table(made)}
+        if description.landmark_names:
+            cases = {one.entry.name: _landmarks(one) for one in made}
+            documents["landmarks.json"] = _json({"landmark_names": list(description.landmark_names), "cases": cases})
         splits = _splits(training)
         if splits:
             documents["splits_final.json"] = _json(splits)
@@ -151,6 +161,7 @@ class MonaiLayout(Layout):
             "modality": {str(i): channel for i, channel in enumerate(description.channels)},
             "numTraining": len(lists["training"]),
             "numTest": len(lists.get(test, [])),
+            **({"landmark_names": list(description.landmark_names)} if description.landmark_names else {}),
             **_provenance(description),
             **description.extra,
             **{key: lists[key] for key in keys.values() if key in lists},
@@ -191,12 +202,12 @@ def _entries(made: Made, description: Description) -> list[dict[str, Any]]:
             entry.update({f"mask{number}": rest[i] for number, i in enumerate(sample, 1)})
         if case.label_map:
             entry["label"] = rest[0]
-        elif description.task == "landmarks":
-            entry["landmarks_mm"] = case.target
         elif isinstance(case.target, Mapping):
             entry["label"], entry["label_mask"] = case.target["values"], case.target["mask"]
         elif case.target is not None:
             entry["label"] = case.target
+        if case.landmarks:
+            entry |= _landmarks(made)
         entry |= {"case": name, "patient": made.entry.group}
         if case.samples:
             entry |= {"case": "_".join([name, *(case.views[i] for i in sample)]), "study": name}
@@ -207,10 +218,16 @@ def _entries(made: Made, description: Description) -> list[dict[str, Any]]:
 
 
 def _names(description: Description) -> dict[str, list[str]]:
-    key = {"classification": "classes", "multilabel": "classes", "landmarks": "landmarks"}.get(description.task)
-    if key is None:
+    if description.task not in ("classification", "multilabel"):
         return {}
-    return {key: [name for name, _ in sorted(description.labels.items(), key=lambda item: item[1])]}  # type: ignore[arg-type, return-value]
+    return {"classes": [name for name, _ in sorted(description.labels.items(), key=lambda item: item[1])]}  # type: ignore[arg-type, return-value]
+
+
+def _landmarks(made: Made) -> dict[str, Any]:
+    return {
+        "landmarks": [list(point) for point in made.entry.case.landmarks],
+        "landmarks_voxel": [list(point) for point in made.landmarks_voxel],
+    }
 
 
 def _splits(training: Sequence[Made]) -> list[dict[str, list[str]]]:

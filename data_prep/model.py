@@ -69,8 +69,10 @@ class Case:
         group: the patient (or whatever else must never be on both sides of a split). Never shown when personal.
         images: one `Make` per channel, or per view when `views` is given.
         label_map: the segmentation, on the grid of the images.
-        target: class index, list of 0/1 or floats, ``{"values": [...], "mask": [...]}`` where a loss shall leave out
-            some of the values, or landmarks ``[[x, y, z], ...]`` in mm, RAS+; for the datalist.
+        target: class index, list of 0/1 or floats, or ``{"values": [...], "mask": [...]}`` where a loss shall leave out
+            some of the values; for the datalist.
+        landmarks: world coordinates ``(x, y, z)`` in mm, RAS+, in the order of `Description.landmark_names`, none
+            missing. The worker proves that each lies inside the first image.
         views: names of the images when they are separate pictures (``("cc", "mlo")``), else empty: channels.
         masks: one `Make` per view: a mask on the pixels of that picture.
         samples: which images make one training example, as positions in `images`, when a case gives several
@@ -87,6 +89,7 @@ class Case:
     images: tuple[Make, ...]
     label_map: Make | None = None
     target: Json = None
+    landmarks: tuple[tuple[float, float, float], ...] = ()
     views: tuple[str, ...] = ()
     split: OfficialSplit | None = None
     stratum: str = ""
@@ -118,6 +121,7 @@ class Description:
         channels: names of the channels (nnU-Net: ``"CT"`` switches to CT normalization) or of the views.
         labels: segmentation: name to integer, or to a list of integers for regions, in the order nnU-Net shall keep;
             classification: class name to index; multilabel: finding to position in the vector.
+        landmark_names: of the task ``"landmarks"``, in the order of `Case.landmarks`.
         regions_class_order: nnU-Net's key of that name; required exactly when `labels` holds regions.
         file_ending: of every image and label map: ``".nii.gz"`` or ``".png"``.
         license: of the data, as the publisher names it.
@@ -131,6 +135,7 @@ class Description:
     task: Task
     channels: tuple[str, ...]
     labels: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
+    landmark_names: tuple[str, ...] = ()
     regions_class_order: tuple[int, ...] | None = None
     file_ending: str = ".nii.gz"
     license: str = ""
@@ -141,7 +146,7 @@ class Description:
     @property
     def label_values(self) -> list[int] | None:
         """The integers a label map may hold, or ``None`` when the data set has no label maps."""
-        if self.task != "segmentation":
+        if self.task not in ("segmentation", "landmarks") or not self.labels:
             return None
         values: set[int] = set()
         for value in self.labels.values():

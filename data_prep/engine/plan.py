@@ -83,7 +83,8 @@ class Plan:
             ]
             for make, output in zip(entry.case.makes, entry.outputs, strict=True)
         ]
-        text = json.dumps([PLAN_VERSION, makes, link, self.is_personal, entry.case.same_grid], sort_keys=True)
+        content = [PLAN_VERSION, makes, link, self.is_personal, entry.case.same_grid, entry.case.landmarks]
+        text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def table(self) -> str:
@@ -141,7 +142,7 @@ class Plan:
         if content["version"] != PLAN_VERSION:
             raise UsageError("the plan was made by another version; run the shards again.")
         description = content["description"]
-        for key in ("channels", "regions_class_order"):
+        for key in ("channels", "landmark_names", "regions_class_order"):
             description[key] = None if description[key] is None else tuple(description[key])
         return cls(
             source=content["source"],
@@ -181,6 +182,12 @@ def make_plan(
         # The source knew the files and left all of them out: that is a result, and the report says why.
         book.note(f"nothing to convert: every input was skipped ({', '.join(reasons)})")
     cases = list(book.cases.values())
+    for case in cases:
+        if len(case.landmarks) != len(description.landmark_names):
+            raise DatasetError(
+                f"a case has {len(case.landmarks)} landmarks, the data set {len(description.landmark_names)}; "
+                "the source must refuse incomplete cases."
+            )
     conflicts = official_conflict(cases)
     if conflicts:
         book.note(
@@ -246,6 +253,7 @@ def _fat(content: dict[str, Any]) -> Entry:
         "images": tuple(make(one) for one in case["images"]),
         "label_map": make(case["label_map"]) if case["label_map"] else None,
         "views": tuple(case["views"]),
+        "landmarks": tuple(tuple(point) for point in case["landmarks"]),
         "refs": tuple(Ref(**ref) for ref in case["refs"]),
         "masks": tuple(make(one) for one in case["masks"]),
         "samples": tuple(tuple(sample) for sample in case["samples"]),

@@ -124,7 +124,11 @@ def finish(plan: Plan, out: Path, private: Path) -> Report:
             _remove_stale(record, None, out)
     report = make_report(plan, records)
     made = [
-        Made(entry, tuple(file["path"] for file in records[entry.name]["files"]))
+        Made(
+            entry,
+            tuple(file["path"] for file in records[entry.name]["files"]),
+            tuple(tuple(point) for point in records[entry.name].get("landmarks_voxel", [])),
+        )
         for entry in plan.entries
         if records[entry.name]["status"] != "failed"
     ]
@@ -166,6 +170,8 @@ def _manifest_line(made: Made, record: dict[str, Any]) -> str:
         "same_grid": entry.case.same_grid,
         "files": record["files"],
     }
+    if entry.case.landmarks:
+        content["landmarks"] = [list(point) for point in entry.case.landmarks]
     return json.dumps(content) + "\n"
 
 
@@ -186,6 +192,7 @@ def _task(plan: Plan, entry: Any, out: Path, options: RunOptions, tag: str) -> d
         "link": options.link,
         "personal": plan.is_personal,
         "same_grid": entry.case.same_grid,
+        "landmarks": [list(point) for point in entry.case.landmarks],
     }
 
 

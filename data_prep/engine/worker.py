@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_prep.errors import CaseError
-from data_prep.geometry import grid_difference
+from data_prep.geometry import grid_difference, landmarks_in_voxels
 
 #: one thread per worker: the engine scales by workers, and results must not depend on the number of threads
 _ONE_THREAD = {
@@ -35,7 +35,7 @@ def execute(task: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         task: JSON made by `data_prep.engine.run`: ``name``, ``out``, ``work``, ``makes``, ``link``, ``personal``,
-            ``same_grid``.
+            ``same_grid``, ``landmarks``.
 
     Returns:
         JSON: ``status``, ``reason``, ``detail``, ``notes``, ``files``, ``seconds``.
@@ -91,6 +91,7 @@ def _make(task: dict[str, Any], work: Path) -> dict[str, Any]:
             difference = grid_difference(grids[0], grid)
             if difference:
                 raise CaseError("grids-differ", difference)
+    voxels = landmarks_in_voxels(task.get("landmarks", []), grids[0] if grids else None)
     files = []
     for temporary, final, outcome in outcomes:
         record: dict[str, Any] = {"path": final.relative_to(out).as_posix()}
@@ -116,7 +117,7 @@ def _make(task: dict[str, Any], work: Path) -> dict[str, Any]:
         sync_folder(folder)
     notes = list(dict.fromkeys(note for _, _, outcome in outcomes for note in outcome.notes))
     status = "resampled" if any(outcome.is_resampled for _, _, outcome in outcomes) else "ok"
-    return {"status": status, "notes": notes, "files": files}
+    return {"status": status, "notes": notes, "files": files, **({"landmarks_voxel": voxels} if voxels else {})}
 
 
 class WorkerProcess:

@@ -68,10 +68,11 @@ def test_values_and_mask_of_several_labels_are_separate():
 
 
 def test_landmarks_are_in_the_entry_and_their_names_at_the_top():
-    description = Description("Toy", "landmarks", ("image",), {"left": 0, "right": 1})
-    found = _datalist(description, (Case("a", "p", (PICTURE,), target=[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), None))
-    assert found["landmarks"] == ["left", "right"]
-    assert found["training"][0]["landmarks_mm"] == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+    description = Description("Toy", "landmarks", ("image",), landmark_names=("left", "right"))
+    points = ((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+    found = _datalist(description, (Case("a", "p", (PICTURE,), landmarks=points), None))
+    assert found["landmark_names"] == ["left", "right"]
+    assert found["training"][0]["landmarks"] == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 
 
 def test_segmentation_entries_hold_nothing_but_files_and_folds():
