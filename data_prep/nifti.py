@@ -27,6 +27,8 @@ MAX_BYTES = 16 << 30
 # On a CT 2.8 times as fast as level 6, for a file 13 % larger (0.60 against 1.66 s of CPU, 6.9 against 6.1 MB).
 GZIP_LEVEL = 3
 _CHUNK = 1 << 20
+#: cosine of the angle between two axes from which ITK refuses a file
+MAX_COSINE = 1e-4
 #: qform and sform may differ by this, plus, per mm of extent, what a quaternion in single precision loses: its first
 #: component is recomputed as a root of a difference, which costs up to sqrt(2 * 2**-24) = 3.5e-4 rad near a half turn
 FORM_TOLERANCE_MM = 0.01
@@ -125,7 +127,11 @@ def open_nifti(path: os.PathLike[str] | str, form: Form = "strict") -> NiftiFile
         raise
     except Exception as error:
         raise ImageReadError("damaged-header", "the header cannot be understood") from error
-    problem = check_affine(affine)
+    if int(header["xyzt_units"]) & 7 not in (0, 2):
+        raise ImageReadError("not-millimeters", "the header's unit is not mm, which ITK converts and nibabel ignores")
+    if header.get_data_dtype().kind not in "iuf":
+        raise ImageReadError("unsupported-type", "complex, colored or bit-packed voxels are not images or labels")
+    problem = check_affine(affine) or _check_right_angles(affine)
     if problem:
         raise ImageReadError("impossible-affine", problem)
     return NiftiFile(path, image, Grid(tuple(shape[:3]), affine), shape[3] * shape[4], is_gzip, claimed + int(offset))
@@ -150,6 +156,13 @@ def _affine(header: nib.Nifti1Header, form: Form) -> np.ndarray:
     if form == "spacing":
         return header.get_base_affine().astype(np.float64)
     raise ImageReadError("no-orientation", "neither qform nor sform is set; accept voxel sizes with --form spacing")
+
+
+def _check_right_angles(affine: np.ndarray) -> str:
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    if np.abs(directions.T @ directions - np.eye(3)).max() > MAX_COSINE:
+        return "the axes are not at right angles (a sheared grid), which ITK, and with it nnU-Net, does not read"
+    return ""
 
 
 def _read_head(file: BinaryIO, is_gzip: bool, count: int) -> bytes:

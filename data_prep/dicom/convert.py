@@ -8,6 +8,7 @@ SimpleITK) and the same proof is made. The affine that is written is always the 
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -80,7 +81,8 @@ def volume(job: Job) -> Outcome:
         data, affine = straighten(data, affine, np.array(params["positions"], dtype=np.float64))
         notes.append(f"resampled to an even, upright grid ({params['repair']}), at the user's wish")
     if params.get("onto"):
-        data = resample_onto(data, affine, params["onto"])
+        outside = float(data.min()) if str(reader.dataset(0).get("Modality", "")) == "CT" else 0.0
+        data = resample_onto(data, affine, params["onto"], outside)
         affine, shape = np.array(params["onto"]["affine"]), tuple(params["onto"]["shape"])
         is_resampled = True
         notes.append("resampled onto the grid of the first channel, at the user's wish")
@@ -427,26 +429,40 @@ def _fill_padding(data: np.ndarray, reader: SliceReader, notes: list[str]) -> np
 
     GE and others fill the corners with -2000, which nnU-Net would take for a tissue.
     """
-    dataset = reader.dataset(0)
-    padding = dataset.get("PixelPaddingValue")
-    if padding is None or str(dataset.get("Modality", "")) != "CT":
+    if str(reader.dataset(0).get("Modality", "")) != "CT":
         return data
-    slope, intercept = reader.rescale(0)
-    try:
-        low = float(padding) * slope + intercept
-        high = low
-        if dataset.get("PixelPaddingRangeLimit") is not None:
-            high = float(dataset.PixelPaddingRangeLimit) * slope + intercept
-    except (TypeError, ValueError):
-        return data
-    # Only what lies below air: a padding value inside the range of tissue cannot be told from tissue.
-    mask = (data >= min(low, high)) & (data <= max(low, high)) & (data < -1024)
+    mask = np.zeros(data.shape, dtype=bool)
+    for number in range(data.shape[2]):
+        span = padding_range(reader.dataset(number))
+        if span is not None:
+            slope, intercept = reader.rescale(number)
+            low, high = sorted(value * slope + intercept for value in span)
+            plane = data[:, :, number]
+            # Only what lies below air: a padding value inside the range of tissue cannot be told from tissue.
+            mask[:, :, number] = (plane >= low) & (plane <= high) & (plane < -1024)
     if not mask.any() or mask.all():
         return data
     data = np.array(data)
     data[mask] = max(data[~mask].min(), -1024)
     notes.append("padding outside of the field of view was set to air")
     return data
+
+
+def padding_range(dataset: Any) -> tuple[int, int] | None:
+    """Smallest and largest stored value that PixelPaddingValue and PixelPaddingRangeLimit declare to be no image."""
+    values = [dataset.get("PixelPaddingValue"), dataset.get("PixelPaddingRangeLimit")]
+    if values[0] is None:
+        return None
+    bits, is_signed = int(dataset.get("BitsAllocated") or 16), int(dataset.get("PixelRepresentation") or 0) == 1
+    numbers = []
+    for value in values:
+        try:
+            number = int(value if value is not None else values[0])
+        except (TypeError, ValueError):
+            return None
+        # Some scanners write the signed value with an unsigned type: 63536 for -2000.
+        numbers.append(number - (1 << bits) if is_signed and number >= 1 << (bits - 1) else number)
+    return min(numbers), max(numbers)
 
 
 def straighten(data: np.ndarray, affine: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -490,13 +506,13 @@ def straighten(data: np.ndarray, affine: np.ndarray, positions: np.ndarray) -> t
     return even, np.diag([-1.0, -1, 1, 1]) @ result
 
 
-def resample_onto(data: np.ndarray, affine: np.ndarray, onto: dict[str, Any]) -> np.ndarray:
-    """Linear resampling onto another grid; 0 outside."""
+def resample_onto(data: np.ndarray, affine: np.ndarray, onto: dict[str, Any], outside: float = 0.0) -> np.ndarray:
+    """Linear resampling onto another grid; `outside` where the volume does not reach (air in CT)."""
     from scipy.ndimage import affine_transform
 
     relation = np.linalg.solve(affine, np.array(onto["affine"], dtype=np.float64))
     return affine_transform(
-        data.astype(np.float32), relation[:3, :3], relation[:3, 3], tuple(onto["shape"]), order=1, cval=0.0
+        data.astype(np.float32), relation[:3, :3], relation[:3, 3], tuple(onto["shape"]), order=1, cval=outside
     )
 
 
@@ -526,10 +542,15 @@ def prove_file(path: Path, affine: np.ndarray, shape: tuple[int, ...]) -> Grid:
     return grid
 
 
+@functools.lru_cache(maxsize=1024)
 def same_pixel_data(first: Path, second: Path) -> bool:
-    """Whether two files hold the same encoded pixels."""
+    """Whether two files hold the same pixels, encoded in the same way or not."""
     try:
         one, two = read_dataset(first, pixels=True), read_dataset(second, pixels=True)
-        return bool(one.PixelData == two.PixelData)
+        if one.PixelData == two.PixelData:
+            return True
+        if one.file_meta.TransferSyntaxUID == two.file_meta.TransferSyntaxUID:
+            return False
+        return np.array_equal(decode(one, first), decode(two, second))
     except (CaseError, AttributeError):
         return False

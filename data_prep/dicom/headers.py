@@ -13,6 +13,8 @@ from typing import Any
 
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from data_prep.errors import CaseError, DicomReadError
 from data_prep.operations import Job, Operation, Outcome
@@ -22,7 +24,7 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
 
 #: part of the cache key: raise it when `read_facts` changes
-FACTS_VERSION = "dicom-1"
+FACTS_VERSION = "dicom-2"
 #: a header larger than this is not one of an image
 MAX_FRAMES = 100_000
 _MAX_PIXELS = 1 << 31
@@ -53,7 +55,18 @@ def read_dataset(path: os.PathLike[str] | str, *, pixels: bool = False, tags: li
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags)
+            try:
+                dataset = pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags)
+            except InvalidDicomError:
+                if not is_dicom(Path(path)):
+                    raise
+                dataset = pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags, force=True)
+            if "TransferSyntaxUID" not in dataset.file_meta:
+                # Written without preamble and meta information, as before 1993; the decoder needs the syntax.
+                is_implicit, is_little = dataset.original_encoding
+                syntax = ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
+                dataset.file_meta.TransferSyntaxUID = syntax if is_little else ExplicitVRBigEndian
+            return dataset
     except MemoryError:
         raise
     except Exception as error:
@@ -79,12 +92,20 @@ def named_errors(function: Operation) -> Operation:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file has the DICOM preamble; names and endings tell nothing."""
+    """Whether a file has the DICOM preamble, or starts like a data set without one; names and endings tell nothing."""
     try:
         with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            head = file.read(132)
     except OSError:
         return False
+    return head[128:] == b"DICM" or _starts_like_a_data_set(head)
+
+
+def _starts_like_a_data_set(head: bytes) -> bool:
+    """Group 0002 or 0008, a low element, and then a VR or a short length."""
+    if len(head) < 132 or head[:2] not in (b"\x02\x00", b"\x08\x00") or head[3] != 0 or head[2] > 0x18:
+        return False
+    return head[4:6] in (b"UL", b"CS", b"UI", b"OB", b"SH", b"DA") or int.from_bytes(head[4:8], "little") <= 256
 
 
 def hash_uid(value: Any) -> str:
@@ -104,6 +125,8 @@ def read_facts(path: Path) -> dict[str, Any]:
         return {"kind": "none"}
     try:
         dataset = read_dataset(path, tags=_TAGS)
+        if dataset.preamble is None and "SOPClassUID" not in dataset:
+            return {"kind": "none"}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _facts(dataset)
@@ -162,8 +185,9 @@ def _facts(dataset: Dataset) -> dict[str, Any]:
         if len(per_frame) != facts["frames"]:
             return {"kind": "damaged", "detail": "the number of frames and of their descriptions differ"}
         facts["slices"] = [frame_facts(item, shared, dataset) for item in per_frame]
-    else:
+    elif facts["frames"] == 1:
         facts["slices"] = [slice_facts(dataset)]
+    # Frames without functional groups (NM, US, cine) have no position each, so they give no slices.
     return facts
 
 
@@ -178,6 +202,7 @@ def slice_facts(dataset: Dataset) -> dict[str, Any]:
         "temporal": _number(dataset.get("TemporalPositionIdentifier")),
         "trigger": _number(dataset.get("TriggerTime")),
         "b": _number(dataset.get("DiffusionBValue")),
+        "part": "",
     }
 
 
@@ -188,6 +213,7 @@ def frame_facts(frame: Dataset, shared: Dataset, dataset: Dataset) -> dict[str, 
         items = frame.get(name) or shared.get(name)
         return items[0] if items else Dataset()
 
+    part = _code(group("MRImageFrameTypeSequence").get("ComplexImageComponent"))
     measures, content = group("PixelMeasuresSequence"), group("FrameContentSequence")
     echo = group("MREchoSequence").get("EffectiveEchoTime")
     return {
@@ -199,6 +225,7 @@ def frame_facts(frame: Dataset, shared: Dataset, dataset: Dataset) -> dict[str, 
         "temporal": _number(content.get("TemporalPositionIndex")),
         "trigger": _number(group("CardiacSynchronizationSequence").get("NominalCardiacTriggerDelayTime")),
         "b": _number(group("MRDiffusionSequence").get("DiffusionBValue")),
+        "part": part if part in _WORDS else "",
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.dicom.convert import decode
+from data_prep.dicom.convert import decode, padding_range
 from data_prep.dicom.headers import named_errors, read_dataset
 from data_prep.errors import DicomReadError
 from data_prep.geometry import Grid
@@ -73,7 +73,7 @@ def render(dataset: Any, path: Any, window: int = 0) -> tuple[np.ndarray, list[s
                     raise DicomReadError("no-window", f"window {window} was asked for, the file has {num_windows}")
                 lut_input = np.rint(values).astype(np.int64) if dataset.get("VOILUTSequence") else values
                 values = np.asarray(apply_voi_lut(lut_input, dataset, index=window), dtype=np.float64)
-                low, high = _voi_range(dataset, values, padding, window)
+                low, high = _voi_range(dataset, window)
                 notes.append("window of the file")
     except DicomReadError:
         raise
@@ -101,12 +101,10 @@ def is_inverted(dataset: Any) -> bool:
 
 
 def _padding(dataset: Any, stored: np.ndarray) -> np.ndarray | None:
-    value = dataset.get("PixelPaddingValue")
-    if value is None:
+    span = padding_range(dataset)
+    if span is None:
         return None
-    limit = dataset.get("PixelPaddingRangeLimit")
-    first, last = sorted((int(value), int(value if limit is None else limit)))
-    mask = (stored >= first) & (stored <= last)
+    mask = (stored >= span[0]) & (stored <= span[1])
     return mask if mask.any() and not mask.all() else None
 
 
@@ -125,13 +123,16 @@ def _num_windows(dataset: Any) -> int:
     return len(widths) if all(one >= 1 for one in widths) else 0
 
 
-def _voi_range(dataset: Any, values: np.ndarray, padding: np.ndarray | None, window: int) -> tuple[float, float]:
+def _voi_range(dataset: Any, window: int) -> tuple[float, float]:
     """Range of the window's output, so that its full width and not only what occurs becomes 0 to 65535."""
+    from pydicom.pixels import apply_voi_lut
+
     if dataset.get("VOILUTSequence"):
         bits = int(dataset.VOILUTSequence[window].LUTDescriptor[2])
         data = dataset.VOILUTSequence[window].LUTData
         return 0.0, float(min(2**bits - 1, max(data)) if not isinstance(data, bytes) else 2**bits - 1)
-    return _range(values, padding)
+    low, high = apply_voi_lut(np.array([-1e9, 1e9]), dataset, index=window)
+    return float(low), float(high)
 
 
 def breast_box(pixels: np.ndarray) -> tuple[int, int, int, int]:

@@ -21,9 +21,10 @@ PROJECTION_MODALITIES = frozenset({"CR", "DX", "MG", "RG", "PX", "IO", "XA", "RF
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 #: direction cosines of one stack agree to this, and have this length and right angle
 _COSINE_TOLERANCE = 1e-4
-#: a stack whose slices move sideways by more than this angle was taken with a tilted gantry
-_TILT_DEGREES = 0.05
-_MANY_ORIENTATIONS = 2
+#: a stack whose slices move sideways by more than this angle is a sheared grid, which ITK does not accept in a file
+_TILT_DEGREES = 0.003
+#: how far a slice may lie beside the straight row of a tilted or uneven stack that is to be resampled
+_BEND_MM = 0.1
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _stack_key(one: Slice) -> tuple[Any, ...]:
         facts["rows"],
         facts["columns"],
         spacing,
-        part,
+        (*part, plane["part"]),
         echo,
         plane["b"],
         facts["modality"],
@@ -152,6 +153,20 @@ def num_orientations(slices: Sequence[Slice]) -> int:
     return len(normals)
 
 
+def orientations_overlap(groups: Sequence[Sequence[Slice]]) -> bool:
+    """Whether groups of `split_series` that differ in nothing but orientation lie among each other."""
+    for number, one in enumerate(groups):
+        for other in groups[:number]:
+            first, second = one[0].plane, other[0].plane
+            if _stack_key(one[0]) != _stack_key(other[0]) or not (first["orientation"] and second["orientation"]):
+                continue
+            normal = np.cross(first["orientation"][:3], first["orientation"][3:])
+            spans = [[float(a.position @ normal) for a in group if a.plane["position"]] for group in (one, other)]
+            if all(spans) and min(spans[0]) < max(spans[1]) and min(spans[1]) < max(spans[0]):
+                return True
+    return False
+
+
 def build_stacks(slices: Sequence[Slice], policy: Policy, same_pixels: Callable[[Slice, Slice], bool]) -> list[Stack]:
     """Make the volumes of one group of `split_series`.
 
@@ -169,6 +184,10 @@ def build_stacks(slices: Sequence[Slice], policy: Policy, same_pixels: Callable[
     """
     for one in slices:
         _check_plane(one)
+    for what, name in (("frame_of_reference", "frames of reference"), ("patient", "patients")):
+        number = len({one.facts[what] for one in slices})
+        if number > 1:
+            raise DicomReadError(f"mixed-{name.replace(' ', '-')}", f"{number} {name} in one series")
     ordered, dropped = _drop_copies(sorted(slices, key=_order), policy.tolerance_mm, same_pixels)
     parts = _separate_overlaps(ordered, policy.tolerance_mm)
     if len(parts) > 1:
@@ -185,11 +204,14 @@ def build_stacks(slices: Sequence[Slice], policy: Policy, same_pixels: Callable[
 def _order(one: Slice) -> tuple[Any, ...]:
     orientation = np.array(one.plane["orientation"])
     normal = np.cross(orientation[:3], orientation[3:])
-    plane = one.plane
-    times = tuple(value if value is not None else -1.0 for value in (plane["temporal"], plane["trigger"]))
-    acquisition = one.facts["acquisition"] if one.facts["acquisition"] is not None else -1.0
     # The last keys only make the order independent of the order of the input.
-    return round(float(one.position @ normal), 4), *times, acquisition, one.facts["sop"], one.frame, one.path
+    return round(float(one.position @ normal), 4), *_when(one), one.facts["sop"], one.frame, one.path
+
+
+def _when(one: Slice) -> tuple[float, ...]:
+    """What tells images at one place apart: time point, trigger time, acquisition; -1 when unknown."""
+    values = one.plane["temporal"], one.plane["trigger"], one.facts["acquisition"]
+    return tuple(-1.0 if value is None else value for value in values)
 
 
 def _check_plane(one: Slice) -> None:
@@ -217,8 +239,8 @@ def _drop_copies(
     dropped = []
     for one in ordered:
         twins = [other for other in reversed(kept[-64:]) if np.abs(other.position - one.position).max() <= tolerance_mm]
-        if any((t.facts["sop"] and t.facts["sop"] == one.facts["sop"] and t.frame == one.frame) or same_pixels(t, one)
-               for t in twins):  # fmt: skip
+        # Equal numbers of an instance prove nothing: anonymizers have given one to a whole series.
+        if any(twin.frame == one.frame and _when(twin) == _when(one) and same_pixels(twin, one) for twin in twins):
             dropped.append(one)
         else:
             kept.append(one)
@@ -279,6 +301,14 @@ def _build(slices: list[Slice], policy: Policy, dropped: tuple[Slice, ...], note
         if policy.uneven == "error":
             raise DicomReadError(*_name_uneven(steps))
         repair = "uneven"
+    upright = _upright_affine(slices, positions) if not repair else None
+    if upright is not None and _corner_error(slices, upright) <= min(policy.tolerance_mm, TOLERANCE_MM):
+        return Stack(tuple(slices), lps_to_ras(upright), "", notes, dropped)
+    # Repairs interpolate between neighbors, so the slices must stand in one straight row, tilted or not.
+    along = (heights - heights[0]) / max(heights[-1] - heights[0], 1e-9)
+    bend = float(np.linalg.norm(positions - positions[0] - np.outer(along, positions[-1] - positions[0]), axis=1).max())
+    if (repair or tilt > _TILT_DEGREES) and bend > max(policy.tolerance_mm, _BEND_MM):
+        raise DicomReadError("uneven-positions", f"slices lie up to {bend:.3g} mm beside a straight row")
     if tilt > _TILT_DEGREES:
         if policy.tilt == "error":
             raise DicomReadError("gantry-tilt", f"the slices are sheared by {tilt:.2f} degrees; see --tilt")
@@ -286,6 +316,41 @@ def _build(slices: list[Slice], policy: Policy, dropped: tuple[Slice, ...], note
     elif not repair and deviation.max() > policy.tolerance_mm:
         raise DicomReadError("uneven-positions", f"slices lie up to {deviation.max():.3g} mm from a straight, even row")
     return Stack(tuple(slices), make_affine(slices[0].plane, positions[0], step), repair, notes, dropped)
+
+
+def _upright_affine(slices: Sequence[Slice], positions: np.ndarray) -> np.ndarray:
+    """LPS+ matrix with axes at exactly right angles that lies closest to the slices.
+
+    Headers round: cosines and positions of a straight stack are off by some 1e-4, which is nothing in mm but more than
+    ITK takes for a right angle.
+    """
+    plane = slices[0].plane
+    row = np.array(plane["orientation"][:3])
+    row /= np.linalg.norm(row)
+    column = np.array(plane["orientation"][3:])
+    column -= (column @ row) * row
+    column /= np.linalg.norm(column)
+    normal = np.cross(row, column)
+    heights = positions @ normal
+    step = normal * (heights[-1] - heights[0]) / (len(slices) - 1)
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1], affine[:3, 2] = row * plane["spacing"][1], column * plane["spacing"][0], step
+    affine[:3, 3] = (positions - np.arange(len(slices))[:, None] * step).mean(axis=0)
+    return affine
+
+
+def _corner_error(slices: Sequence[Slice], affine: np.ndarray) -> float:
+    """Largest distance in mm between where the headers and an LPS+ matrix put the corners of each slice."""
+    columns, rows = slices[0].facts["columns"] - 1, slices[0].facts["rows"] - 1
+    corners = np.array([[0, 0], [columns, 0], [0, rows], [columns, rows]], dtype=np.float64)
+    in_plane = corners @ affine[:3, :2].T
+    worst = 0.0
+    for number, one in enumerate(slices):
+        orientation, spacing = np.array(one.plane["orientation"]).reshape(2, 3), one.plane["spacing"]
+        own = one.position + corners * [spacing[1], spacing[0]] @ orientation
+        there = affine[:3, 3] + number * affine[:3, 2] + in_plane
+        worst = max(worst, float(np.linalg.norm(own - there, axis=1).max()))
+    return worst
 
 
 def make_affine(plane: dict[str, Any], origin: np.ndarray, step: np.ndarray) -> np.ndarray:

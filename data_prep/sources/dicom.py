@@ -22,6 +22,7 @@ from data_prep.dicom.stacks import (
     build_stacks,
     is_projection,
     num_orientations,
+    orientations_overlap,
     refusal,
     split_series,
 )
@@ -194,6 +195,9 @@ class Dicom(Source):
                 book.skip(path, "projection" if is_projection(facts) else "other-modality", "use --kind projections"
                           if is_projection(facts) else facts["modality"] or "unknown")  # fmt: skip
                 continue
+            if len(facts["slices"]) != facts["frames"]:
+                book.fail(path, "frames-without-position", f"{facts['frames']} frames, and no position for each")
+                continue
             slices += [Slice(path, frame, facts, plane) for frame, plane in enumerate(facts["slices"])]
         if not slices:
             return []
@@ -204,6 +208,13 @@ class Dicom(Source):
                 book.skip([ref, *paths], "localizer", f"{num_orientations(slices)} orientations in one series")
             else:
                 book.fail([ref, *paths], "mixed-orientations", f"{num_orientations(slices)} orientations in one series")
+            return []
+        if orientations_overlap(groups):
+            book.fail(
+                [Ref(first, "series", "1"), *sorted({one.path for one in slices})],
+                "mixed-orientations",
+                "slices that lie among each other differ in orientation",
+            )
             return []
         volumes = []
         for number, group in enumerate(groups, 1):

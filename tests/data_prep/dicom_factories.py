@@ -115,5 +115,57 @@ def oracle_distance(path: Path, datasets: Sequence[FileDataset]) -> float:
     return worst
 
 
-def read(path: Path) -> pydicom.FileDataset:
-    return pydicom.dcmread(path)
+def planes(dataset: pydicom.Dataset) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Of every frame: rescaled pixels, LPS position, ``(2, 3)`` row and column direction, spacing."""
+
+    def numbers(value: Any) -> np.ndarray:
+        return np.array([float(one) for one in value])
+
+    if "PerFrameFunctionalGroupsSequence" not in dataset:
+        groups: list[Any] = [dataset]
+    else:
+        shared = dataset.SharedFunctionalGroupsSequence[0]
+        groups = []
+        for frame in dataset.PerFrameFunctionalGroupsSequence:
+            merged = pydicom.Dataset()
+            for part in (shared, frame):
+                for element in part:
+                    for item in element.value or []:
+                        merged.update(item)
+            groups.append(merged)
+    stored = dataset.pixel_array.reshape(len(groups), dataset.Rows, dataset.Columns).astype(float)
+    return [
+        (
+            pixels * float(one.get("RescaleSlope", 1)) + float(one.get("RescaleIntercept", 0)),
+            numbers(one.ImagePositionPatient),
+            numbers(one.ImageOrientationPatient).reshape(2, 3),
+            numbers(one.PixelSpacing),
+        )
+        for pixels, one in zip(stored, groups, strict=True)
+    ]
+
+
+def assert_every_voxel_is_where_its_header_says(path: Path, files: Sequence[Path]) -> None:
+    """Independent of the package: each file's pixels are found at the place its own header gives, and nothing else."""
+    import nibabel
+    import SimpleITK as sitk
+
+    image = nibabel.load(path)
+    data, count = np.asanyarray(image.dataobj), 0
+    to_voxel = np.linalg.inv(np.diag([-1.0, -1, 1, 1]) @ image.affine)
+    for file in files:
+        dataset = pydicom.dcmread(file, force=True)
+        dataset.file_meta.setdefault("TransferSyntaxUID", ExplicitVRLittleEndian)
+        for pixels, position, (row, column), spacing in planes(dataset):
+            rows, columns = np.meshgrid(*map(np.arange, pixels.shape), indexing="ij")
+            places = position + columns[..., None] * row * spacing[1] + rows[..., None] * column * spacing[0]
+            voxels = places @ to_voxel[:3, :3].T + to_voxel[:3, 3]
+            whole = np.rint(voxels).astype(int)
+            assert np.linalg.norm((voxels - whole) @ image.affine[:3, :3].T, axis=-1).max() <= 0.01
+            np.testing.assert_allclose(data[tuple(np.moveaxis(whole, -1, 0))], pixels, rtol=1e-5, atol=1e-4)
+            count += pixels.size
+    assert count == data.size
+    by_itk = sitk.ReadImage(str(path))
+    for index in [(0, 0, 0), tuple(n - 1 for n in data.shape)]:
+        place = np.array(by_itk.TransformIndexToPhysicalPoint(index)) * [-1, -1, 1]
+        np.testing.assert_allclose(place, (image.affine @ [*index, 1])[:3], atol=0.01)

@@ -82,3 +82,18 @@ def test_color_is_refused():
     image.PixelData = image.PixelData * 2
     with pytest.raises(DicomReadError, match="not-2d"):
         render(image, "x")
+
+
+def test_window_that_is_wider_than_what_occurs_is_not_stretched():
+    pixels, _ = render(_image(RAMP, WindowCenter="4000", WindowWidth="8001"), "x")
+    assert pixels.ravel()[0] < 10 and abs(int(pixels.ravel()[-1]) - 65535 // 2) < 20
+
+
+def test_padding_of_a_signed_image_written_with_an_unsigned_type_is_found():
+    image = _image(RAMP, PixelRepresentation=1, BitsStored=16, HighBit=15)
+    pixels = RAMP.astype(np.int16)
+    pixels[0] = -2000
+    image.PixelData = pixels.tobytes()
+    image.add_new("PixelPaddingValue", "US", 63536)
+    found, notes = render(image, "x")
+    assert (found[0] == 0).all() and found[1:].max() == 65535 and "padding set to background" in notes
