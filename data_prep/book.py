@@ -21,10 +21,16 @@ class Verdict:
 
 
 class Book:
-    """Filled by `Source.plan`; closed by the engine, which gives a verdict to whatever the source did not mention."""
+    """Filled by `Source.plan`; closed by the engine, which gives a verdict to whatever the source did not mention.
 
-    def __init__(self, tree: Tree) -> None:
+    Args:
+        tree: the input.
+        seed: of the folds; also for what a source draws.
+    """
+
+    def __init__(self, tree: Tree, seed: int = 0) -> None:
         self._tree = tree
+        self.seed = seed
         self.cases: dict[str, Case] = {}
         self.verdicts: dict[Ref, Verdict] = {}
         self.notes: list[str] = []

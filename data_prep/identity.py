@@ -40,10 +40,10 @@ class Pseudonyms:
         ]
 
     def case(self, key: str) -> str:
-        return _fit(key) if self.identifiers == "public" else "case-" + self.hashed("case", key)
+        return fit_name(key) if self.identifiers == "public" else "case-" + self.hashed("case", key)
 
     def group(self, key: str) -> str:
-        return _fit(key) if self.identifiers == "public" else "group-" + self.hashed("group", key)
+        return fit_name(key) if self.identifiers == "public" else "group-" + self.hashed("group", key)
 
     def input(self, path: str) -> str:
         return path if self.identifiers == "public" else "input-" + self.hashed("input", path)
@@ -64,7 +64,8 @@ class Pseudonyms:
         return names
 
 
-def _fit(key: str) -> str:
+def fit_name(key: str) -> str:
+    """A published name without the characters that are not fit for file names."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", key).strip("-.")
     return name[:120] or "case"
 

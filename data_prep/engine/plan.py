@@ -169,7 +169,7 @@ def make_plan(
         UsageError: options, layout and data do not fit.
         DatasetError: nothing to convert, or the data contradict themselves.
     """
-    book = Book(tree)
+    book = Book(tree, seed)
     description = source.plan(tree, book)
     book.close()
     LAYOUTS[layout].check(description)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, ClassVar, cast
+from pathlib import PurePosixPath
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from data_prep.book import Book
 from data_prep.errors import UsageError
 from data_prep.model import Case, Description, Make, OfficialSplit, Source
+from data_prep.picture_sets import ENDINGS, PARTS, Picture, digest, settle_copies
 from data_prep.tree import Tree
-
-_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-_PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
-          "testing": "test"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,30 +31,22 @@ class Images(Source):
 
     def plan(self, tree: Tree, book: Book) -> Description:
         pattern = self._pattern()
-        found: list[tuple[str, str, str | None]] = []
+        found: list[tuple[str, str, OfficialSplit | None]] = []
         for path in tree.match("**/*"):
-            if not path.lower().endswith(_ENDINGS):
+            if not path.lower().endswith(ENDINGS):
                 continue
             folders = PurePosixPath(path).parts[:-1]
-            if not folders or folders[-1].lower() in _PARTS:
+            if not folders or folders[-1].lower() in PARTS:
                 book.skip(path, "no-class", "the image lies in no class folder")
                 continue
-            part = _PARTS.get(folders[-2].lower()) if len(folders) > 1 else None
+            part = PARTS.get(folders[-2].lower()) if len(folders) > 1 else None
             found.append((path, folders[-1], part))
         if not found:
             raise UsageError("the input holds no image in a class folder (CLASS/image.png); check the path.")
         classes = {name: number for number, name in enumerate(sorted({name for _, name, _ in found}))}
-        digests: dict[str, list[tuple[str, str, str | None]]] = {}
-        for one in found:
-            digests.setdefault(tree.facts(one[0], "sha256", _digest), []).append(one)
-        for digest, copies in digests.items():
-            if len({name for _, name, _ in copies}) > 1:
-                book.fail([path for path, _, _ in copies], "contradicting-classes", "one image in several classes")
-                continue
-            # A copy in the test part must not be trained on: the strictest part keeps the image.
-            copies.sort(key=lambda one: ("test", "val", "train", None).index(one[2]))
-            path, name, part = copies[0]
-            book.skip([copy for copy, _, _ in copies[1:]], "duplicate", "the same image is there already")
+        pictures = [Picture(path, classes[name], path, split=part) for path, name, part in found]
+        for one in settle_copies(tree, book, pictures, keep_copies=False, by_part=True):
+            path = one.path
             match = pattern.search(path) if pattern else None
             if pattern and not match:
                 book.fail(path, "no-patient", "--patient-regex does not fit the path")
@@ -67,10 +55,10 @@ class Images(Source):
             book.add(
                 Case(
                     key=path,
-                    group=match[1] if match else digest,
+                    group=match[1] if match else digest(tree, path),
                     images=(Make("operations.pictures:picture", (path,), params),),
-                    target=classes[name],
-                    split=cast("OfficialSplit | None", part),
+                    target=one.target,
+                    split=one.split,
                     same_grid=False,
                 )
             )
@@ -86,10 +74,6 @@ class Images(Source):
         if pattern.groups != 1:
             raise UsageError("--patient-regex must have exactly one group in parentheses.")
         return pattern
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 SOURCE = Images
