@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from data_prep.errors import CaseError
+from data_prep.geometry import Grid, grid_difference, max_distance_mm
 from data_prep.nifti import NiftiFile, open_nifti, verify_stream, write_nifti
 from data_prep.operations import Job, Outcome, operation, place
 
@@ -41,6 +42,8 @@ def label_map(job: Job) -> Outcome:
         allowed: the integers that may occur after `replace`.
         replace: list of ``[old, new]``.
         form: see `data_prep.nifti.open_nifti`.
+        snap_mm: the second input is the image; when the label map's voxels lie beside the image's by no more than
+            this, it is put on the image's grid, which is noted.
     """
     nifti = open_nifti(job.inputs[0], job.params.get("form", "strict"))
     if nifti.num_channels != 1:
@@ -49,11 +52,24 @@ def label_map(job: Job) -> Outcome:
     integers = to_integers(data)
     replaced = replace_values(integers, job.params.get("replace", []))
     found = check_values(replaced, job.params["allowed"])
-    if replaced is integers and _can_be_used_as_it_is(nifti, job):
+    grid, notes = _snapped(nifti.grid, job)
+    if replaced is integers and grid is nifti.grid and _can_be_used_as_it_is(nifti, job):
         verify_stream(nifti)
-        return Outcome(nifti.grid, found, linked=place(nifti.path, job))
-    write_nifti(job.output, smallest_unsigned(replaced), nifti.grid.affine)  # type: ignore[arg-type]
-    return Outcome(nifti.grid, found)
+        return Outcome(grid, found, linked=place(nifti.path, job))
+    write_nifti(job.output, smallest_unsigned(replaced), grid.affine)  # type: ignore[arg-type]
+    return Outcome(grid, found, notes=notes)
+
+
+def _snapped(grid: Grid, job: Job) -> tuple[Grid, tuple[str, ...]]:
+    """The grid of a label map, or that of its image when they differ by less than the user allows."""
+    snap_mm = job.params.get("snap_mm", 0)
+    if not snap_mm:
+        return grid, ()
+    target = open_nifti(job.inputs[1], job.params.get("form", "strict")).grid
+    if not grid_difference(target, grid) or grid_difference(target, grid, snap_mm):
+        return grid, ()
+    distance = max_distance_mm(grid.shape, target.affine, grid.affine)  # type: ignore[arg-type]
+    return target, (f"label map moved by up to {distance:.2g} mm onto the grid of the image",)
 
 
 def _can_be_used_as_it_is(nifti: NiftiFile, job: Job) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,6 +126,20 @@ def report_lines(out: Path) -> dict[tuple[str, str, str], tuple[str, str]]:
     """``(kind, input, item)`` to ``(status, reason)`` of the report with input paths."""
     with open(out.parent / f"private-{out.name}" / "report.csv", newline="") as file:
         return {(r["kind"], r["input"], r["item"]): (r["status"], r["reason"]) for r in csv.DictReader(file)}
+
+
+def nnunet_plans(out: Path) -> dict[str, Any]:
+    """Run ``nnUNetv2_plan_and_preprocess --verify_dataset_integrity`` on ``.../DatasetNNN_Name`` and return its plans."""
+    base = out.parent.parent
+    folders = {f"nnUNet_{name}": str(base / f"nnunet_{name}") for name in ("preprocessed", "results")}
+    command = [str(Path(sys.executable).with_name("nnUNetv2_plan_and_preprocess")), "-d", out.name[7:10]]
+    command += ["--verify_dataset_integrity", "-np", "1", "-npfp", "1", "-c", "3d_fullres"]
+    # nnU-Net's planner cannot do without a process for augmentation.
+    environment = os.environ | folders | {"nnUNet_raw": str(out.parent), "nnUNet_n_proc_DA": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    assert "verify_dataset_integrity Done" in done.stdout
+    return json.loads((base / "nnunet_preprocessed" / out.name / "nnUNetPlans.json").read_text())
 
 
 def tree_bytes(folder: Path) -> dict[str, bytes]:
