@@ -80,6 +80,22 @@ def partition(
     return {key: parts[fold] for key, fold in _deal(members, len(parts), seed).items()}
 
 
+def torch_permutation(count: int, seed: int) -> list[int]:
+    """The permutation that ``torch.randperm(count, generator=torch.Generator().manual_seed(seed))`` draws on a CPU.
+
+    Published splits were drawn with it; this package does not import torch.
+    """
+    import numpy as np
+
+    # Both seed the same Mersenne twister in the same way; torch takes 32 bits per place of a Fisher-Yates shuffle.
+    draws = np.random.RandomState(seed).randint(0, 2**32, size=max(count - 1, 0), dtype=np.uint32)
+    order = list(range(count))
+    for place, draw in enumerate(draws):
+        other = place + int(draw) % (count - place)
+        order[place], order[other] = order[other], order[place]
+    return order
+
+
 def _deal(members: Sequence[tuple[str, str, str]], num_folds: int, seed: int) -> dict[str, int]:
     import warnings
 

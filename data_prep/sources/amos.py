@@ -164,7 +164,7 @@ class Amos(Source):
             split = "val" if part == "Va" else "train"
         label_map = None
         if label is not None:
-            params = {"form": self.form, "allowed": list(LABELS.values())}
+            params: dict[str, Any] = {"form": self.form, "allowed": list(LABELS.values())}
             inputs: tuple[str, ...] = (label,)
             if self.snap_labels:
                 params["snap_mm"], inputs = self.snap_labels, (label, image)

@@ -129,7 +129,7 @@ def report_lines(out: Path) -> dict[tuple[str, str, str], tuple[str, str]]:
 
 
 def nnunet_plans(out: Path) -> dict[str, Any]:
-    """Run ``nnUNetv2_plan_and_preprocess --verify_dataset_integrity`` on ``.../DatasetNNN_Name`` and return its plans."""
+    """Plans by ``nnUNetv2_plan_and_preprocess --verify_dataset_integrity`` of ``.../DatasetNNN_Name``."""
     base = out.parent.parent
     folders = {f"nnUNet_{name}": str(base / f"nnunet_{name}") for name in ("preprocessed", "results")}
     command = [str(Path(sys.executable).with_name("nnUNetv2_plan_and_preprocess")), "-d", out.name[7:10]]
