@@ -71,6 +71,7 @@ class Backend:
         ops: names of the operators it implements.
         device_types: device types it serves; empty means all.
         is_fallback: chosen automatically only for want of something faster, so the choice is announced.
+        keeps_states: whether its forward pass returns the states when asked; if not, its backward starts over.
         is_composite: made of differentiable PyTorch operations and called outside the custom operator, which gives
             it double backward and ``vmap``.
     """
@@ -80,6 +81,7 @@ class Backend:
     ops: frozenset[str]
     device_types: frozenset[str] = frozenset()
     is_fallback: bool = False
+    keeps_states: bool = True
     is_composite: bool = False
 
     def availability(self) -> Availability:
@@ -280,6 +282,12 @@ def use_backend(name: str | None) -> Iterator[None]:
 def requested_name(argument: str | None) -> str:
     """Return the name a call is bound to by its argument or by :func:`use_backend`; empty if neither is given."""
     return argument or _forced
+
+
+def keeps_states(requested: str) -> bool:
+    """Whether the forward pass returns states; all backends do that are chosen without being asked for by name."""
+    name = requested or os.environ.get(ENVIRONMENT_VARIABLE, "")
+    return name not in _REGISTRY or _REGISTRY[name].keeps_states
 
 
 def resolve(call: Call, requested: str = "") -> Backend:

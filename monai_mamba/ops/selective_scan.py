@@ -190,7 +190,7 @@ def _selective_scan_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus, sav
 @_selective_scan_fwd.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states, backend):
     y = u.new_empty(u.shape)
-    if not save_states:
+    if not (save_states and backends.keeps_states(backend)):
         return y, u.new_empty(0, dtype=state_dtype(u))
     batch, length, channels = u.shape
     num_states = (length + backends.STATE_INTERVAL - 1) // backends.STATE_INTERVAL

@@ -1,4 +1,4 @@
-"""Backend ``triton``: the scan on NVIDIA and AMD GPUs without anything to build.
+"""Backend ``triton``: the scan and the convolution on NVIDIA and AMD GPUs without anything to build.
 
 Short batches leave most of a GPU idle, so the sequence is split into segments where batch and channels alone do not
 fill it: end states of all segments from zero, a carry over the segments, and the scan from the true states. The
@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from monai_mamba.ops.backends import STATE_INTERVAL, Availability, Backend, Call
-from monai_mamba.ops.chunked import TorchBackend
+from monai_mamba.ops.device_check import check_on_cuda
 from monai_mamba.ops.routes import ROUTES
 
 _MAX_STATE = 256
+_MAX_WIDTH = 16  # the taps are unrolled
+_CONV_TILE = {"BL": 32, "BD": 64}  # steps and channels of a program of the convolution
 _LANES = 32  # channels of a program
 _PROGRAMS_PER_PROCESSOR = 4
 _TRAIL_PROGRAMS_PER_PROCESSOR = 8
@@ -60,6 +62,12 @@ class _Problem:
     def sizes(self) -> tuple[int, int, int, int]:
         return self.delta.shape[1], *self.size, self.delta.shape[3]
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether offsets inside one image need 64 bits."""
+        strides = [t.stride(1) for t in (self.u, self.delta, self.B, self.C, self.z) if t is not None]
+        return self.delta.shape[1] * max(*strides, self.delta[0, 0].numel()) >= 2**31
+
     def constants(self) -> dict[str, Any]:
         states = self.A.shape[2]
         padded = 1 << (states - 1).bit_length()
@@ -70,6 +78,7 @@ class _Problem:
             "SOFTPLUS": self.softplus,
             "BIAS": self.bias is not None,
             "MAPPED": self.mapped,
+            "WIDE": self.is_wide,
             "num_warps": max(1, min(8, padded // 32)),
         }
 
@@ -79,7 +88,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     priority = 90
-    ops = frozenset({"selective_scan", "ss2d_scan"})
+    ops = frozenset({"selective_scan", "ss2d_scan", "causal_conv1d"})
     device_types = frozenset({"cuda"})
 
     def availability(self) -> Availability:
@@ -87,13 +96,15 @@ class TritonBackend(Backend):
             return Availability(False, "the package triton is not installed")
         if not torch.cuda.is_available():
             return Availability(False, "PyTorch finds no CUDA or ROCm device")
-        return _self_check()
+        return check_on_cuda(self)
 
     def refusal(self, call: Call) -> str | None:
         if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it computes in float32, got {str(call.dtype)[6:]}"
         if call.d_state > _MAX_STATE:
             return f"it has at most {_MAX_STATE} states, got N={call.d_state}"
+        if call.width > _MAX_WIDTH:
+            return f"it has at most {_MAX_WIDTH} taps, got W={call.width}"
         return None
 
     def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states):
@@ -126,35 +137,48 @@ class TritonBackend(Backend):
             for g, t in zip(found, (x, delta, A, B, C, D, delta_bias), strict=True)
         )
 
+    def conv_forward(self, x, weight, bias, silu):
+        from monai_mamba.ops import triton_kernels as kernels
 
-@functools.cache
-def _self_check() -> Availability:
-    """Run the kernels once on this device against PyTorch: a Triton or driver that computes wrongly is not used."""
-    generator = torch.Generator().manual_seed(0)
+        x, weight, bias = _dense(x), _parameter(weight), _parameter(bias)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        with _device_of(x):
+            kernels.conv_forward[_conv_grid(x)](
+                *_steps(x), weight, weight if bias is None else bias, y, *x.shape[1:],
+                W=weight.shape[1], BIAS=bias is not None, SILU=silu, **_CONV_TILE,
+            )  # fmt: skip
+        return y
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).cuda()
+    def conv_backward(self, grad_y, x, weight, bias, silu):
+        from monai_mamba.ops import triton_kernels as kernels
 
-    values: Any = [draw(1, 200, 40), draw(1, 200, 40), -draw(40, 16).abs(), draw(1, 200, 2, 16), draw(1, 200, 2, 16)]
-    values += [draw(40), draw(1, 200, 40), draw(40) - 2]
-    grad_y, results = draw(1, 200, 40), []
-    try:
-        for backend in (TritonBackend(), TorchBackend()):
-            y, states = backend.scan_forward(*[*values, True, True])
-            results.append((y, *backend.scan_backward(*[grad_y, states, *values, True])))
-        worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True))
-    except Exception as error:  # whatever a compiler, a driver or a device throws is a reason not to use it
-        return Availability(False, f"its self-check failed: {type(error).__name__}: {str(error).splitlines()[0]}")
-    if not worst <= 1e-4:
-        return Availability(False, f"its self-check is off by {worst:.1e} of the maximum")
-    return Availability(True, f"self-check passed, error {worst:.0e}")
+        x, grad_y = _dense(x), _dense(grad_y)
+        taps, shift = _parameter(weight), _parameter(bias)
+        grid = _conv_grid(x)
+        batch, length, channels = x.shape
+        grad = taps.new_empty(x.shape)
+        grad_weight = taps.new_empty(batch * grid[1], channels, taps.shape[1])
+        grad_bias = None if shift is None else taps.new_empty(batch * grid[1], channels)
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        with _device_of(x):
+            kernels.conv_backward_filter[grid](
+                *_steps(x), taps, taps if shift is None else shift, *_steps(grad_y),
+                grad, grad_weight, taps if grad_bias is None else grad_bias, length, channels,
+                W=taps.shape[1], BIAS=shift is not None, SILU=silu, **_CONV_TILE,
+            )  # fmt: skip
+            kernels.conv_backward_input[grid](grad, taps, grad_x, length, channels, W=taps.shape[1], **_CONV_TILE)
+        return (
+            grad_x,
+            grad_weight.sum(0).to(weight.dtype),
+            None if bias is None or grad_bias is None else grad_bias.sum(0).to(bias.dtype),
+        )
 
 
 def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _parameter(t: Tensor | None) -> Tensor | None:
+def _parameter(t):
     return None if t is None else t.float().contiguous()
 
 
@@ -173,6 +197,16 @@ def _map(x, delta, A, B, C, D, delta_bias, routes, delta_softplus) -> _Problem:
     A, D, delta_bias = (_parameter(t) for t in (A, D, delta_bias))
     codes = torch.tensor([ROUTES.index(route) for route in routes], dtype=torch.int32).to(x.device, non_blocking=True)
     return _Problem(u, delta, A, B, C, D, None, delta_bias, delta_softplus, tuple(x.shape[1:3]), codes, True)
+
+
+def _conv_grid(x: Tensor) -> tuple[int, int, int]:
+    batch, length, channels = x.shape
+    return -(-channels // _CONV_TILE["BD"]), -(-length // _CONV_TILE["BL"]), batch
+
+
+def _steps(t: Tensor) -> tuple[Tensor, int, int]:
+    """A sequence with its strides of batch and step."""
+    return t, t.stride(0), t.stride(1)
 
 
 def _view(t: Tensor | None, substitute: Tensor) -> tuple[Tensor, int, int, int]:

@@ -1,9 +1,12 @@
-"""Triton kernels of the scan; imported only where Triton is (see :mod:`monai_mamba.ops.triton_backend`).
+"""Triton kernels of the scan and the causal convolution, for :mod:`monai_mamba.ops.triton_backend`.
 
 State tiles are ``(N, D)``: states in the registers of a thread, channels across the lanes, so that the sum over the
 states needs no exchange between lanes. A program handles one batch, one group (or route), one block of channels and
 one segment of the sequence. Routes are index maps: positions in memory follow from the step. Every sum across
 programs goes through a buffer that is added up afterwards, never through atomics, so results repeat bit for bit.
+
+``E`` is never specialised: told that it is divisible by 16, Triton lets a thread hold four channels and spreads the
+states over the lanes, which costs eight exchanges a step. The strides are: so B and C come 16 bytes at a time.
 """
 
 from __future__ import annotations
@@ -31,12 +34,34 @@ def _softplus(x):
 
 
 @triton.jit
-def _position(step, route, L, H, W, MAPPED: tl.constexpr):
+def _position(step, route, L, H, W, MAPPED: tl.constexpr, WIDE: tl.constexpr):
     """Position in memory of a step: 0 row, 1 column, +2 reversed."""
     if MAPPED:
         step = tl.where(route >= 2, L - 1 - step, step)
         step = tl.where(route % 2 == 1, (step % H) * W + step // H, step)
-    return tl.full((), 0, tl.int64) + step
+    # Offsets inside one image of 2**31 elements or more need 64 bits; others leave the registers to the states.
+    if WIDE:
+        step = step.to(tl.int64)
+    return step
+
+
+@triton.jit
+def _pace(route, W, MAPPED: tl.constexpr):
+    """How far apart in memory two steps are, except where a column of the map ends."""
+    if MAPPED:
+        pace = tl.where(route % 2 == 1, W, 1)
+        return tl.where(route >= 2, -pace, pace)
+    return 1
+
+
+@triton.jit
+def _next(at, pace, L, MAPPED: tl.constexpr):
+    """Position after ``at``, without a division: a step out of the map leads to the next column."""
+    at += pace
+    if MAPPED:
+        at = tl.where(at >= L, at - L + 1, at)
+        at = tl.where(at < 0, at + L - 1, at)
+    return at
 
 
 @triton.jit
@@ -52,12 +77,12 @@ def _place(pid, groups, blocks):
 # A is (N, G, E), D and bias are (G, E). E: channels of a group, N: states, NP: N rounded up to a power of two.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])
 def segment_ends(
     delta, delta_b, delta_l, delta_g, u, u_b, u_l, u_g, B, B_b, B_l, B_g, A, bias, routes, ends, sums,
     L, H, W, E, groups, blocks, segment,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """State at the end of each segment from a zero state, and the sum of its step sizes."""
     b, g, block = _place(tl.program_id(0), groups, blocks)
@@ -71,24 +96,26 @@ def segment_ends(
     shift = tl.load(bias + g * E + d, mask=channels & BIAS, other=0.0)
     h = tl.zeros((NP, BD), tl.float32)
     total = tl.zeros((BD,), tl.float32)
-    for step in range(s * segment, tl.minimum(L, (s + 1) * segment)):
-        at = _position(step, route, L, H, W, MAPPED)
-        x = tl.load(u + b * u_b + at * u_l + g * u_g + d, mask=channels, other=0.0).to(tl.float32)
-        dt = (
-            tl.load(delta + b * delta_b + at * delta_l + g * delta_g + d, mask=channels, other=0.0).to(tl.float32)
-            + shift
-        )
+    delta += b * delta_b + g * delta_g + d
+    u += b * u_b + g * u_g + d
+    B += b * B_b + g * B_g + n
+    pace = _pace(route, W, MAPPED)
+    at = _position(s * segment, route, L, H, W, MAPPED, WIDE)
+    for _ in range(s * segment, tl.minimum(L, (s + 1) * segment)):
+        x = tl.load(u + at * u_l, mask=channels, other=0.0).to(tl.float32)
+        dt = tl.load(delta + at * delta_l, mask=channels, other=0.0).to(tl.float32) + shift
         if SOFTPLUS:
             dt = _softplus(dt)
-        Bt = tl.load(B + b * B_b + at * B_l + g * B_g + n, mask=n < N, other=0.0).to(tl.float32)
+        Bt = tl.load(B + at * B_l, mask=n < N, other=0.0).to(tl.float32)
         h = tl.exp2(dt[None, :] * rate) * h + (dt * x)[None, :] * Bt[:, None]
         total += dt
+        at = _next(at, pace, L, MAPPED)
     row = b * tl.num_programs(1) + s
     tl.store(ends + ((row * N + n[:, None]) * groups + g) * E + d[None, :], h, mask=tile)
     tl.store(sums + (row * groups + g) * E + d, total, mask=channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])
 def carry(
     A, ends, sums, E, groups, blocks, num_segments,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, BACKWARD: tl.constexpr,
@@ -113,13 +140,13 @@ def carry(
         h = tl.exp2(total[None, :] * rate) * h + added
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])
 def forward(
     delta, delta_b, delta_l, delta_g, u, u_b, u_l, u_g, B, B_b, B_l, B_g, C, C_b, C_l, C_g, z, z_b, z_l, z_g,
     A, D, bias, routes, starts, y, states,
     L, H, W, E, groups, blocks, segment, chunks,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr, WIDE: tl.constexpr,
     SKIP: tl.constexpr, GATE: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """The scan of one segment from its true initial state."""
@@ -137,33 +164,42 @@ def forward(
     if SPLIT:
         row = b * tl.num_programs(1) + s
         h = tl.load(starts + ((row * N + n[:, None]) * groups + g) * E + d[None, :], mask=tile, other=0.0)
-    for first in range(s * segment, tl.minimum(L, (s + 1) * segment), CHUNK):
+    delta += b * delta_b + g * delta_g + d
+    u += b * u_b + g * u_g + d
+    B += b * B_b + g * B_g + n
+    C += b * C_b + g * C_g + n
+    z += b * z_b + g * z_g + d
+    y += (b * L * groups + g) * E + d
+    y_l = groups * E
+    pace = _pace(route, W, MAPPED)
+    at = _position(s * segment, route, L, H, W, MAPPED, WIDE)
+    for step in range(s * segment, tl.minimum(L, (s + 1) * segment)):
         if SAVE:
-            place = ((b * chunks + first // CHUNK) * groups + g) * E + d[None, :]
-            tl.store(states + place * N + n[:, None], h, mask=tile)
-        for step in range(first, tl.minimum(L, first + CHUNK)):
-            at = _position(step, route, L, H, W, MAPPED)
-            x = tl.load(u + b * u_b + at * u_l + g * u_g + d, mask=channels, other=0.0).to(tl.float32)
-            dt = tl.load(delta + b * delta_b + at * delta_l + g * delta_g + d, mask=channels, other=0.0)
-            dt = dt.to(tl.float32) + shift
-            if SOFTPLUS:
-                dt = _softplus(dt)
-            Bt = tl.load(B + b * B_b + at * B_l + g * B_g + n, mask=n < N, other=0.0).to(tl.float32)
-            Ct = tl.load(C + b * C_b + at * C_l + g * C_g + n, mask=n < N, other=0.0).to(tl.float32)
-            h = tl.exp2(dt[None, :] * rate) * h + (dt * x)[None, :] * Bt[:, None]
-            out = tl.sum(h * Ct[:, None], axis=0) + skip * x
-            if GATE:
-                gate = tl.load(z + b * z_b + at * z_l + g * z_g + d, mask=channels, other=0.0).to(tl.float32)
-                out = out * gate * _sigmoid(gate)
-            tl.store(y + ((b * L + at) * groups + g) * E + d, out, mask=channels)
+            chunk = step // CHUNK
+            if step == chunk * CHUNK:
+                place = ((b * chunks + chunk) * groups + g) * E + d[None, :]
+                tl.store(states + place * N + n[:, None], h, mask=tile)
+        x = tl.load(u + at * u_l, mask=channels, other=0.0).to(tl.float32)
+        dt = tl.load(delta + at * delta_l, mask=channels, other=0.0).to(tl.float32) + shift
+        if SOFTPLUS:
+            dt = _softplus(dt)
+        Bt = tl.load(B + at * B_l, mask=n < N, other=0.0).to(tl.float32)
+        h = tl.exp2(dt[None, :] * rate) * h + (dt * x)[None, :] * Bt[:, None]
+        Ct = tl.load(C + at * C_l, mask=n < N, other=0.0).to(tl.float32)
+        out = tl.sum(h * Ct[:, None], axis=0) + skip * x
+        if GATE:
+            gate = tl.load(z + at * z_l, mask=channels, other=0.0).to(tl.float32)
+            out = out * gate * _sigmoid(gate)
+        tl.store(y + at * y_l, out, mask=channels)
+        at = _next(at, pace, L, MAPPED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])
 def segment_gradients(
     delta, delta_b, delta_l, delta_g, C, C_b, C_l, C_g, A, bias, routes, grad, ends, sums,
     L, H, W, E, groups, blocks, chunks,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradient that leaves each chunk towards the one before it, if none came in from behind."""
     b, g, block = _place(tl.program_id(0), groups, blocks)
@@ -178,31 +214,35 @@ def segment_gradients(
     gh = tl.zeros((NP, BD), tl.float32)
     total = tl.zeros((BD,), tl.float32)
     stop = tl.minimum(L, (chunk + 1) * CHUNK)
-    for i in range(0, stop - chunk * CHUNK):
-        at = _position(stop - 1 - i, route, L, H, W, MAPPED)
-        dt = (
-            tl.load(delta + b * delta_b + at * delta_l + g * delta_g + d, mask=channels, other=0.0).to(tl.float32)
-            + shift
-        )
+    delta += b * delta_b + g * delta_g + d
+    C += b * C_b + g * C_g + n
+    grad += (b * L * groups + g) * E + d
+    grad_l = groups * E
+    pace = -_pace(route, W, MAPPED)
+    at = _position(stop - 1, route, L, H, W, MAPPED, WIDE)
+    for _ in range(0, stop - chunk * CHUNK):
+        dt = tl.load(delta + at * delta_l, mask=channels, other=0.0).to(tl.float32) + shift
         if SOFTPLUS:
             dt = _softplus(dt)
-        gy = tl.load(grad + ((b * L + at) * groups + g) * E + d, mask=channels, other=0.0)
-        Ct = tl.load(C + b * C_b + at * C_l + g * C_g + n, mask=n < N, other=0.0).to(tl.float32)
+        gy = tl.load(grad + at * grad_l, mask=channels, other=0.0)
+        Ct = tl.load(C + at * C_l, mask=n < N, other=0.0).to(tl.float32)
         gh = tl.exp2(dt[None, :] * rate) * (gh + gy[None, :] * Ct[:, None])
         total += dt
+        at = _next(at, pace, L, MAPPED)
     row = b * chunks + chunk
     tl.store(ends + ((row * N + n[:, None]) * groups + g) * E + d[None, :], gh, mask=tile)
     tl.store(sums + (row * groups + g) * E + d, total, mask=channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])
 def backward(
     delta, delta_b, delta_l, delta_g, u, u_b, u_l, u_g, B, B_b, B_l, B_g, C, C_b, C_l, C_g,
     A, bias, routes, states, incoming, grad, trail,
     y, grad_u, grad_delta, grad_A, grad_B, grad_C,
     L, H, W, E, batch, groups, blocks, chunks, items,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr, WITH_Y: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr, WIDE: tl.constexpr,
+    WITH_Y: tl.constexpr,
 ):  # fmt: skip
     """Gradients of whole chunks. A program does many of them, with one trail of states in memory for all of them."""
     n = tl.arange(0, NP)
@@ -221,8 +261,9 @@ def backward(
         steps = tl.minimum(L - first, CHUNK)
         place = ((b * chunks + chunk) * groups + g) * E + d[None, :]
         h = tl.load(states + place * N + n[:, None], mask=tile, other=0.0)
+        pace = _pace(route, W, MAPPED)
+        at = _position(first, route, L, H, W, MAPPED, WIDE)
         for i in range(0, steps):
-            at = _position(first + i, route, L, H, W, MAPPED)
             x = tl.load(u + b * u_b + at * u_l + g * u_g + d, mask=channels, other=0.0).to(tl.float32)
             dt = tl.load(delta + b * delta_b + at * delta_l + g * delta_g + d, mask=channels, other=0.0)
             dt = dt.to(tl.float32) + shift
@@ -235,14 +276,15 @@ def backward(
             if WITH_Y:
                 Ct = tl.load(C + b * C_b + at * C_l + g * C_g + n, mask=n < N, other=0.0).to(tl.float32)
                 tl.store(y + ((b * L + at) * groups + g) * E + d, tl.sum(h * Ct[:, None], axis=0), mask=channels)
+            at = _next(at, pace, L, MAPPED)
         # The trail is read by the threads that wrote it, or by others of the program after this.
         tl.debug_barrier()
         row = b * chunks + chunk
         gh = tl.load(incoming + ((row * N + n[:, None]) * groups + g) * E + d[None, :], mask=tile, other=0.0)
         gA = tl.zeros((NP, BD), tl.float32)
+        at = _position(first + steps - 1, route, L, H, W, MAPPED, WIDE)
         for j in range(0, steps):
             i = steps - 1 - j
-            at = _position(first + i, route, L, H, W, MAPPED)
             x = tl.load(u + b * u_b + at * u_l + g * u_g + d, mask=channels, other=0.0).to(tl.float32)
             raw = tl.load(delta + b * delta_b + at * delta_l + g * delta_g + d, mask=channels, other=0.0)
             raw = raw.to(tl.float32) + shift
@@ -269,5 +311,91 @@ def backward(
             sequence = ((b * L + at) * groups + g) * E + d
             tl.store(grad_u + sequence, from_B * dt, mask=channels)
             tl.store(grad_delta + sequence, gd, mask=channels)
+            at = _next(at, -pace, L, MAPPED)
         tl.store(grad_A + ((row * N + n[:, None]) * groups + g) * E + d[None, :], gA, mask=tile)
         tl.debug_barrier()
+
+
+# The convolution: x, y and gradients are (B, L, D), weight (D, W), bias (D,). A program has BL steps of BD channels.
+
+
+@triton.jit
+def _filtered(
+    x, x_b, x_l, weight, bias, b, step, d, inside, channels, L, D,
+    W: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Convolution of BL steps, before the activation."""
+    total = tl.zeros((BL, BD), tl.float32)
+    if BIAS:
+        total += tl.load(bias + d, mask=channels, other=0.0)[None, :]
+    for k in tl.static_range(W):
+        source = step + (k - W + 1)
+        here = inside & (source >= 0)
+        place = x + b * x_b + source.to(tl.int64)[:, None] * x_l + d[None, :]
+        value = tl.load(place, mask=here[:, None] & channels[None, :], other=0.0).to(tl.float32)
+        total += value * tl.load(weight + d * W + k, mask=channels, other=0.0)[None, :]
+    return total
+
+
+@triton.jit
+def conv_forward(
+    x, x_b, x_l, weight, bias, y, L, D,
+    W: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(2).to(tl.int64)
+    step = tl.program_id(1) * BL + tl.arange(0, BL)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    inside, channels = step < L, d < D
+    value = _filtered(x, x_b, x_l, weight, bias, b, step, d, inside, channels, L, D, W, BL, BD, BIAS)
+    if SILU:
+        value = value * _sigmoid(value)
+    place = y + (b * L + step.to(tl.int64))[:, None] * D + d[None, :]
+    tl.store(place, value, mask=inside[:, None] & channels[None, :])
+
+
+@triton.jit
+def conv_backward_filter(
+    x, x_b, x_l, weight, bias, grad_y, grad_y_b, grad_y_l, grad, grad_weight, grad_bias, L, D,
+    W: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """Gradient before the activation, and what this tile adds to the gradients of weight and bias."""
+    b = tl.program_id(2).to(tl.int64)
+    step = tl.program_id(1) * BL + tl.arange(0, BL)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    inside, channels = step < L, d < D
+    tile = inside[:, None] & channels[None, :]
+    place = grad_y + b * grad_y_b + step.to(tl.int64)[:, None] * grad_y_l + d[None, :]
+    g = tl.load(place, mask=tile, other=0.0).to(tl.float32)
+    if SILU:
+        value = _filtered(x, x_b, x_l, weight, bias, b, step, d, inside, channels, L, D, W, BL, BD, BIAS)
+        s = _sigmoid(value)
+        g = g * s * (1.0 + value * (1.0 - s))
+    tl.store(grad + (b * L + step.to(tl.int64))[:, None] * D + d[None, :], g, mask=tile)
+    row = b * tl.num_programs(1) + tl.program_id(1)
+    for k in tl.static_range(W):
+        source = step + (k - W + 1)
+        met = x + b * x_b + source.to(tl.int64)[:, None] * x_l + d[None, :]
+        value = tl.load(met, mask=(source >= 0)[:, None] & tile, other=0.0).to(tl.float32)
+        tl.store(grad_weight + (row * D + d) * W + k, tl.sum(value * g, axis=0), mask=channels)
+    if BIAS:
+        tl.store(grad_bias + row * D + d, tl.sum(g, axis=0), mask=channels)
+
+
+@triton.jit
+def conv_backward_input(
+    grad, weight, grad_x, L, D,
+    W: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Gradient of x: the same filter looking ahead."""
+    b = tl.program_id(2).to(tl.int64)
+    step = tl.program_id(1) * BL + tl.arange(0, BL)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    channels = d < D
+    total = tl.zeros((BL, BD), tl.float32)
+    for k in tl.static_range(W):
+        target = step + (W - 1 - k)
+        place = grad + (b * L + target.to(tl.int64))[:, None] * D + d[None, :]
+        g = tl.load(place, mask=(target < L)[:, None] & channels[None, :], other=0.0)
+        total += g * tl.load(weight + d * W + k, mask=channels, other=0.0)[None, :]
+    place = grad_x + (b * L + step.to(tl.int64))[:, None] * D + d[None, :]
+    tl.store(place, total, mask=(step < L)[:, None] & channels[None, :])
