@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -67,3 +68,13 @@ def bootstrap(
         low, high = np.percentile(values, [tail, 100 - tail]) if len(values) else (np.nan, np.nan)
         result[name] = Interval(float(value), float(low), float(high), len(values))
     return result
+
+
+def as_table(intervals: Mapping[str, Interval]) -> dict[str, dict[str, Any]]:
+    """Return intervals as plain dictionaries, as ``metrics.json`` holds them."""
+    return {name: asdict(interval) for name, interval in intervals.items()}
+
+
+def describe_interval(level: float, num_draws: int, seed: int) -> dict[str, Any]:
+    """Return how intervals were made, as ``metrics.json`` holds it."""
+    return {"level": level, "method": "percentile bootstrap over patients", "draws": num_draws, "seed": seed}

@@ -6,7 +6,9 @@
 * For several labels at once the AUC is the mean over the classes that have positives and negatives; the others are
   named and left out.
 
-The convention was recovered from published figures: see `tests/evaluation/test_classification.py`.
+The convention was recovered from published figures: see `tests/evaluation/test_classification.py`. The figures equal
+scikit-learn's (same tests); they are computed here because a bootstrap needs them a thousand times, and scikit-learn
+checks its input anew each time.
 """
 
 from __future__ import annotations
@@ -14,10 +16,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score, roc_curve
+from scipy.stats import norm, rankdata
+from sklearn.metrics import roc_curve
 
 METRICS = ("accuracy", "precision", "sensitivity", "specificity", "f1", "auc")
+
+
+def confusion_matrix(label: np.ndarray, decided: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return the confusion matrix ``(num_classes, num_classes)``; rows are the true classes."""
+    cells = np.bincount(label * num_classes + decided, minlength=num_classes**2)
+    return cells.reshape(num_classes, num_classes)
 
 
 def class_metrics(matrix: np.ndarray) -> dict[str, np.ndarray]:
@@ -30,15 +38,14 @@ def class_metrics(matrix: np.ndarray) -> dict[str, np.ndarray]:
         Name to ``(classes,)``; 0 where nothing can be divided by.
     """
     matrix = np.asarray(matrix)
-    truth, pred = (index.ravel() for index in np.indices(matrix.shape))
-    labels = np.arange(len(matrix))
-    precision, sensitivity, f1, _ = precision_recall_fscore_support(
-        truth, pred, labels=labels, sample_weight=matrix.ravel(), zero_division=0
-    )
-    false_positives = matrix.sum(0) - np.diag(matrix)
-    negatives = matrix.sum() - matrix.sum(1)
-    specificity = 1 - false_positives / np.maximum(negatives, 1) * (negatives > 0) - (negatives == 0)
-    return {"precision": precision, "sensitivity": sensitivity, "specificity": specificity, "f1": f1}
+    hits, actual, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    negatives = matrix.sum() - actual
+    return {
+        "precision": _share(hits, predicted),
+        "sensitivity": _share(hits, actual),
+        "specificity": _share(negatives - (predicted - hits), negatives),
+        "f1": _share(2 * hits, predicted + actual),
+    }
 
 
 def matrix_metrics(matrix: np.ndarray) -> dict[str, float]:
@@ -59,8 +66,8 @@ def auc(label: np.ndarray, probs: np.ndarray) -> float:
     if len(np.unique(label)) < num_classes:
         return float("nan")
     if num_classes == 2:
-        return float(roc_auc_score(label, probs[:, 1]))
-    return float(np.mean([roc_auc_score(label == c, probs[:, c]) for c in range(num_classes)]))
+        return _area(label == 1, probs[:, 1])
+    return float(np.mean([_area(label == c, probs[:, c]) for c in range(num_classes)]))
 
 
 def multi_label_auc(label: np.ndarray, probs: np.ndarray) -> tuple[float, np.ndarray]:
@@ -73,8 +80,40 @@ def multi_label_auc(label: np.ndarray, probs: np.ndarray) -> tuple[float, np.nda
     each = np.full(label.shape[1], np.nan)
     for c in range(label.shape[1]):
         if 0 < label[:, c].sum() < len(label):
-            each[c] = roc_auc_score(label[:, c], probs[:, c])
+            each[c] = _area(label[:, c] == 1, probs[:, c])
     return (float(np.nanmean(each)) if not np.isnan(each).all() else float("nan")), each
+
+
+def multi_label_score(
+    label: np.ndarray, probs: np.ndarray, thresholds: np.ndarray | float = 0.5
+) -> tuple[dict[str, float], np.ndarray]:
+    """Return all six metrics for several labels at once, as means over the classes that can be measured.
+
+    Each class is a question of its own with the answers yes and no: precision, sensitivity, specificity and F1 are
+    those of yes, accuracy is the share of right answers.
+
+    Args:
+        label: zeros and ones ``(cases, classes)``.
+        probs: probabilities ``(cases, classes)``.
+        thresholds: probability from which the answer is yes, one or one per class (published: 0.5).
+
+    Returns:
+        The metrics, and the AUC of every class (NaN if it has no positives or no negatives).
+    """
+    mean_auc, each = multi_label_auc(label, probs)
+    measured = ~np.isnan(each)
+    if not measured.any():
+        return dict.fromkeys(METRICS, float("nan")), each
+    truth, answer = label[:, measured] == 1, (probs >= thresholds)[:, measured]
+    hits, rejections = (truth & answer).sum(0), (~truth & ~answer).sum(0)
+    return {
+        "accuracy": float((truth == answer).mean()),
+        "precision": float(_share(hits, answer.sum(0)).mean()),
+        "sensitivity": float(_share(hits, truth.sum(0)).mean()),
+        "specificity": float(_share(rejections, (~truth).sum(0)).mean()),
+        "f1": float(_share(2 * hits, truth.sum(0) + answer.sum(0)).mean()),
+        "auc": mean_auc,
+    }, each
 
 
 def decide(probs: np.ndarray, threshold: float | None = None) -> np.ndarray:
@@ -94,7 +133,7 @@ def score(label: np.ndarray, probs: np.ndarray, threshold: float | None = None) 
         probs: probabilities ``(cases, classes)``.
         threshold: for two classes, the probability from which a case is of the second; None takes the most probable.
     """
-    matrix = confusion_matrix(label, decide(probs, threshold), labels=np.arange(probs.shape[1]))
+    matrix = confusion_matrix(label, decide(probs, threshold), probs.shape[1])
     return {**matrix_metrics(matrix), "auc": auc(label, probs)}
 
 
@@ -164,8 +203,6 @@ def delong_test(label: np.ndarray, first: np.ndarray, second: np.ndarray) -> tup
 
 
 def _delong_covariance(label: np.ndarray, scores: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    from scipy.stats import rankdata
-
     positive, negative = label == 1, label == 0
     m, n = int(positive.sum()), int(negative.sum())
     if m + n != len(label) or min(m, n) < 2:
@@ -177,3 +214,16 @@ def _delong_covariance(label: np.ndarray, scores: list[np.ndarray]) -> tuple[np.
         by_negative.append(1 - (ranks[negative] - rankdata(values[negative])) / m)
     v10, v01 = np.array(by_positive), np.array(by_negative)
     return v10.mean(1), np.atleast_2d(np.cov(v10)) / m + np.atleast_2d(np.cov(v01)) / n
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole, 0 where there is nothing to divide by."""
+    return np.where(whole > 0, part / np.maximum(whole, 1), 0.0)
+
+
+def _area(positive: np.ndarray, score: np.ndarray) -> float:
+    """Area under the ROC curve as the Mann-Whitney statistic; ties count half."""
+    num_positive = int(positive.sum())
+    num_negative = len(positive) - num_positive
+    above = rankdata(score)[positive].sum() - num_positive * (num_positive + 1) / 2
+    return float(above / (num_positive * num_negative))

@@ -179,10 +179,10 @@ def _run_command(
 
 
 def _report(run: RunFolder, job: NnunetJob, progress: RunProgress, iterations_per_epoch: int) -> Result:
-    from monai_mamba.quickstart.evaluation import evaluate_folder
+    from monai_mamba.evaluation.segmentation import Labels, evaluate_folder
     from monai_mamba.quickstart.report import ReportContent, render
 
-    labels = {int(value): name for value, name in run.options["labels"].items()}
+    labels = Labels({name: (int(value),) for value, name in run.options["labels"].items()})
     progress.start("Evaluate and write the report")
     start = time.perf_counter()
     evaluation = evaluate_folder(job.predictions, job.raw / "labelsTs", labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import precision_recall_fscore_support, recall_score, roc_auc_score
 
 from monai_mamba.evaluation import classification
 from monai_mamba.evaluation.bootstrap import bootstrap
@@ -46,6 +46,39 @@ def test_auc_of_three_classes_is_the_mean_of_one_against_rest():
     probs = generator.dirichlet([1, 1, 1], 60)
     label = generator.integers(0, 3, 60)
     assert classification.auc(label, probs) == pytest.approx(roc_auc_score(label, probs, multi_class="ovr"))
+
+
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_all_metrics_equal_those_of_scikit_learn(num_classes):
+    generator = np.random.default_rng(7)
+    probs = np.round(generator.dirichlet(np.ones(num_classes), 90), 1)  # with ties
+    label = generator.integers(0, num_classes, 90)
+    scores = classification.score(label, probs)
+    truth, pred = np.eye(num_classes, dtype=int)[label], np.eye(num_classes, dtype=int)[probs.argmax(1)]
+    precision, sensitivity, f1, _ = precision_recall_fscore_support(truth, pred, average="macro", zero_division=0)
+    specificity = recall_score(1 - truth, 1 - pred, average="macro")
+    auc = roc_auc_score(truth[:, 1], probs[:, 1]) if num_classes == 2 else roc_auc_score(truth, probs)
+    expected = [(label == probs.argmax(1)).mean(), precision, sensitivity, specificity, f1, auc]
+    assert list(scores) == list(classification.METRICS)
+    assert list(scores.values()) == pytest.approx(expected, abs=1e-12)
+
+
+def test_multi_label_metrics_equal_those_of_scikit_learn_and_leave_out_what_cannot_be_measured():
+    generator = np.random.default_rng(8)
+    label, probs = generator.integers(0, 2, (50, 4)), np.round(generator.random((50, 4)), 1)
+    label[:, 2] = 0
+    means, each = classification.multi_label_score(label, probs)
+    kept = [0, 1, 3]
+    truth, pred = label[:, kept], (probs[:, kept] >= 0.5).astype(int)
+    precision, sensitivity, f1, _ = precision_recall_fscore_support(truth, pred, average="macro")
+    specificity = recall_score(1 - truth, 1 - pred, average="macro")
+    expected = [(truth == pred).mean(), precision, sensitivity, specificity, f1, roc_auc_score(truth, probs[:, kept])]
+    assert list(means.values()) == pytest.approx(expected, abs=1e-12)
+    assert np.isnan(each[2])
+    one = classification.multi_label_score(label, probs, np.array([0.5, 0.9, 0.5, 0.1]))[0]
+    assert one["sensitivity"] != means["sensitivity"]
+    nothing = classification.multi_label_score(label[:, 2:3], probs[:, 2:3])[0]
+    assert np.isnan(list(nothing.values())).all()
 
 
 def test_auc_with_a_missing_class_is_nan():

@@ -29,9 +29,33 @@ def write(path, text):
         ("case,label,prob_a,prob_b\n1,0,1.5,-0.5\n", "outside 0 to 1"),
         ("case,label,prob_a,prob_b\n1,0,nan,0.5\n", "finite"),
         ("case,label,prob_a,prob_b\n1,0,0.5\n", "numbers in every row"),
-        ("case,label,prob_a,prob_b\n1,0,0.5,0.5\n1,0,0.5,0.5\n", "twice"),
+        ("case,label,prob_a,prob_b\n1,0,0.5,0.5\n1,0,0.5,0.5\n", "the case 1 appears twice"),
+        ("case,label,prob_a,prob_b\n", "holds no predictions"),
+        ("case,label,prob_a\n1,0,1\n", "two at least"),
+        ("case,label,prob_a,prob_b,prob_a\n1,0,0.5,0.5,0.5\n", "column `prob_a` twice"),
+        ("case,label,prob_a,prob_b\n1,0,0.5,0.5,0.7\n", "row 2 has more cells"),
+        ("case,label,prob_a,prob_b\n,0,0.5,0.5\n", "row 2 has no case"),
+        ("case,study,label,prob_a,prob_b\n1,,0,0.5,0.5\n", "column `study` is empty"),
+        ("label,prob_a,prob_b\n0,0.5,0.5\n", "column `case`"),
     ],
-    ids=["empty", "no-probs", "no-label", "label-range", "sum", "range", "nan", "short-row", "twice"],
+    ids=[
+        "empty",
+        "no-probs",
+        "no-label",
+        "label-range",
+        "sum",
+        "range",
+        "nan",
+        "short-row",
+        "twice",
+        "header-only",
+        "one-class-column",
+        "column-twice",
+        "long-row",
+        "no-case",
+        "no-study",
+        "no-case-column",
+    ],
 )
 def test_bad_table_is_refused(tmp_path, text, reason):
     with pytest.raises(DatasetError, match=reason):
@@ -54,6 +78,9 @@ def test_report_is_complete_and_valid_json(tmp_path):
     assert report["comparison"]["delong"]["p_value"] == 1
     assert report["patients"] == 4
     assert (tmp_path / "out" / "reliability.png").stat().st_size > 1000
+    assert report["per_class"]["b"]["sensitivity"]["value"] == 1
+    assert report["provenance"]["inputs"]["Predictions"]["name"] == "t.csv"
+    assert len(report["provenance"]["inputs"]["Predictions"]["sha256"]) == 64
 
 
 def test_threshold_comes_from_validation_only(tmp_path):
@@ -85,3 +112,44 @@ def test_comparison_needs_the_same_cases(tmp_path):
     second = read_predictions(write(tmp_path / "b.csv", GOOD.replace("5,s", "6,s")))
     with pytest.raises(DatasetError, match="same cases"):
         compare(first, second)
+
+
+def test_test_table_of_one_class_is_refused(tmp_path):
+    table = write(tmp_path / "t.csv", "case,label,prob_a,prob_b\n1,1,0.5,0.5\n2,1,0.4,0.6\n")
+    with pytest.raises(DatasetError, match="all 2 cases are of the class b"):
+        evaluate_files(table, tmp_path / "out")
+    several = write(tmp_path / "m.csv", "case,label_x,prob_x\n1,1,0.5\n2,1,0.4\n")
+    with pytest.raises(DatasetError, match="no class has cases with label 0"):
+        evaluate_files(several, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_studies_are_scored_beside_the_pairs(tmp_path):
+    rows = "case,patient,study,label,prob_a,prob_b\n1,p,s1,1,0.2,0.8\n2,p,s1,1,0.6,0.4\n3,q,s2,0,0.9,0.1\n"
+    report = evaluate(read_predictions(write(tmp_path / "t.csv", rows)), num_draws=20)
+    assert report["metrics"]["accuracy"]["value"] == pytest.approx(2 / 3)
+    assert (report["by_study"]["cases"], report["by_study"]["metrics"]["accuracy"]["value"]) == (2, 1)
+    mixed = read_predictions(write(tmp_path / "t.csv", rows.replace("2,p,s1,1", "2,p,s1,0")))
+    assert "different labels" in evaluate(mixed, num_draws=20)["by_study"]["refused"]
+    with pytest.raises(DatasetError, match="need the column `study`"):
+        group_predictions(read_predictions(write(tmp_path / "t.csv", GOOD)), "study")
+
+
+def test_further_column_is_scored_by_its_values(tmp_path):
+    lines = GOOD.splitlines()
+    text = "\n".join([lines[0] + ",part", *(f"{line},{'xy'[i % 2]}" for i, line in enumerate(lines[1:]))])
+    table = read_predictions(write(tmp_path / "t.csv", text + "\n"))
+    by = evaluate(table, by="part", num_draws=10)["by"]
+    assert [by["values"][value]["cases"] for value in "xy"] == [3, 2]
+    assert by["mean_auc"] == pytest.approx(np.nanmean([by["values"][v]["metrics"]["auc"]["value"] for v in "xy"]))
+    with pytest.raises(DatasetError, match=r"`by` must be a further column .* it has part"):
+        evaluate(table, by="ward", num_draws=10)
+
+
+def test_multi_label_thresholds_come_from_validation(tmp_path):
+    rows = "case,label_x,label_y,prob_x,prob_y\n1,1,0,0.4,0.8\n2,0,1,0.1,0.9\n3,1,0,0.3,0.1\n"
+    table = read_predictions(write(tmp_path / "t.csv", rows))
+    report = evaluate(table, table, num_draws=20)
+    assert report["youden"]["threshold"] == {"x": 0.3, "y": 0.9}
+    assert report["metrics"]["sensitivity"]["value"] == 0.5
+    assert report["youden"]["metrics"]["sensitivity"]["value"] == 1

@@ -3,18 +3,19 @@ from __future__ import annotations
 import base64
 import io
 import re
-from html.parser import HTMLParser
 
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
-from monai_mamba.quickstart.evaluation import evaluate_folder
-from monai_mamba.quickstart.report import COLORS, ReportContent, render
+from monai_mamba.evaluation.report.page import COLORS
+from monai_mamba.evaluation.segmentation import Labels, evaluate_folder
+from monai_mamba.quickstart.report import ReportContent, render
 from monai_mamba.quickstart.training_log import Epoch
+from tests.html_reader import HtmlReader, check_self_contained
 
-LABELS = {1: "front", 2: "<b>back</b>"}
+LABELS = Labels({"front": (1,), "<b>back</b>": (2,)})
 AFFINE = np.diag([-1.0, 1.0, 2.0, 1.0])
 FACTS = {
     "dataset": "Tiny",
@@ -69,29 +70,8 @@ def html(make_content) -> str:
     return render(make_content())
 
 
-class _Reader(HTMLParser):
-    """Collect addresses and check that every element is closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.sources: list[str] = []
-        self.open: list[str] = []
-        self.feed(html)
-        assert not self.open, f"not closed: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        self.sources += [value for name, value in attributes if name in ("src", "href", "action", "data")]
-        if tag not in ("meta", "img", "br", "link", "hr"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
 def test_report_needs_nothing_from_outside(html):
-    assert all(source.startswith("data:") for source in _Reader(html).sources)
-    assert "<script" not in html and "@import" not in html and "url(" not in html
-    assert '<meta name="viewport"' in html
+    assert check_self_contained(html).sources
 
 
 def test_report_escapes_names(make_content):
@@ -127,7 +107,7 @@ def _has_color(pixels: np.ndarray, color: str) -> np.ndarray:
 
 
 def _first_picture(html: str) -> np.ndarray:
-    png = next(s for s in _Reader(html).sources if s.startswith("data:image/png"))
+    png = next(s for s in HtmlReader(html).sources if s.startswith("data:image/png"))
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(png.split(",")[1]))).convert("RGB")).astype(int)
 
 

@@ -1,0 +1,3 @@
+"""Reports: one HTML file with pictures, curves and tables that needs no network and reads well on a phone."""
+
+from __future__ import annotations
