@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import logging
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pydicom
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
+from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from data_prep.errors import CaseError, DicomReadError
@@ -46,7 +50,10 @@ _WORDS = frozenset(
 _VIEWS = frozenset("AP PA LL RL LATERAL LAT CC MLO ML LM XCCL XCCM LPO RPO LAO RAO".split())
 
 
-def read_dataset(path: os.PathLike[str] | str, *, pixels: bool = False, tags: list[str] | None = None) -> Dataset:
+_tag = functools.cache(Tag)
+
+
+def read_dataset(path: os.PathLike[str] | str, *, pixels: bool = False, tags: Sequence[str] | None = None) -> Dataset:
     """Read one DICOM file; every way in which pydicom can fall over it becomes one error.
 
     Raises:
@@ -55,12 +62,15 @@ def read_dataset(path: os.PathLike[str] | str, *, pixels: bool = False, tags: li
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            wanted = None if tags is None else [_tag(name) for name in tags]
+            # Parsing from memory is faster, and with pixels the whole file is read anyway.
+            source = io.BytesIO(Path(path).read_bytes()) if pixels else path
             try:
-                dataset = pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags)
+                dataset = pydicom.dcmread(source, stop_before_pixels=not pixels, specific_tags=wanted)
             except InvalidDicomError:
                 if not is_dicom(Path(path)):
                     raise
-                dataset = pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags, force=True)
+                dataset = pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=wanted, force=True)
             if "TransferSyntaxUID" not in dataset.file_meta:
                 # Written without preamble and meta information, as before 1993; the decoder needs the syntax.
                 is_implicit, is_little = dataset.original_encoding
@@ -137,19 +147,19 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def _facts(dataset: Dataset) -> dict[str, Any]:
-    modality = _code(dataset.get("Modality"))
-    sop_class = str(dataset.get("SOPClassUID") or "")
+    modality = _code(plain(dataset, "Modality"))
+    sop_class = str(plain(dataset, "SOPClassUID") or "")
     facts: dict[str, Any] = {
         "kind": "image" if "Rows" in dataset and "Columns" in dataset else "other",
         "modality": modality,
         "sop_class": sop_class if sop_class.startswith("1.2.840.10008.") else "",
         "syntax": str(dataset.file_meta.get("TransferSyntaxUID") or ""),
-        "sop": hash_uid(dataset.get("SOPInstanceUID")),
-        "series": hash_uid(dataset.get("SeriesInstanceUID")),
-        "study": hash_uid(dataset.get("StudyInstanceUID")),
-        "patient": hash_uid(dataset.get("PatientID") or dataset.get("PatientName")),
-        "frame_of_reference": hash_uid(dataset.get("FrameOfReferenceUID")),
-        "burned_in": str(dataset.get("BurnedInAnnotation") or "").upper() == "YES",
+        "sop": hash_uid(plain(dataset, "SOPInstanceUID")),
+        "series": hash_uid(plain(dataset, "SeriesInstanceUID")),
+        "study": hash_uid(plain(dataset, "StudyInstanceUID")),
+        "patient": hash_uid(plain(dataset, "PatientID") or plain(dataset, "PatientName")),
+        "frame_of_reference": hash_uid(plain(dataset, "FrameOfReferenceUID")),
+        "burned_in": str(plain(dataset, "BurnedInAnnotation") or "").upper() == "YES",
     }
     references = [hash_uid(item.get("SeriesInstanceUID")) for item in dataset.get("ReferencedSeriesSequence") or []]
     for frame in dataset.get("ReferencedFrameOfReferenceSequence") or []:
@@ -159,20 +169,19 @@ def _facts(dataset: Dataset) -> dict[str, Any]:
     facts["references"] = sorted(set(references))
     if facts["kind"] == "other":
         return facts
-    image_type = dataset.get("ImageType") or []
+    image_type = plain(dataset, "ImageType") or []
+    sides = [_code(plain(dataset, name)) for name in ("ImageLaterality", "Laterality")]
     words = {str(word).strip().upper() for word in ([image_type] if isinstance(image_type, str) else image_type)}
     facts |= {
         "words": sorted(words & _WORDS),
         "rows": int(dataset.Rows),
         "columns": int(dataset.Columns),
         "samples": int(dataset.get("SamplesPerPixel") or 1),
-        "frames": int(dataset.get("NumberOfFrames") or 1),
-        "photometric": _code(dataset.get("PhotometricInterpretation")),
-        "acquisition": _number(dataset.get("AcquisitionNumber")),
-        "view": next((v for v in [_code(dataset.get("ViewPosition"))] if v in _VIEWS), ""),
-        "laterality": next(
-            (v for v in map(_code, (dataset.get("ImageLaterality"), dataset.get("Laterality"))) if v in ("L", "R")), ""
-        ),
+        "frames": int(plain(dataset, "NumberOfFrames") or 1),
+        "photometric": _code(plain(dataset, "PhotometricInterpretation")),
+        "acquisition": _number(plain(dataset, "AcquisitionNumber")),
+        "view": next((v for v in [_code(plain(dataset, "ViewPosition"))] if v in _VIEWS), ""),
+        "laterality": next((v for v in sides if v in ("L", "R")), ""),
         "slices": [],
     }
     if not 0 < facts["rows"] * facts["columns"] * facts["samples"] <= _MAX_PIXELS or facts["rows"] < 1:
@@ -191,16 +200,35 @@ def _facts(dataset: Dataset) -> dict[str, Any]:
     return facts
 
 
+def plain(dataset: Dataset, name: str) -> Any:
+    """Value of an attribute of type DS, IS, CS, LO, PN or UI as text, or a list of texts.
+
+    pydicom's own conversion and checks of values take most of the time that a header costs; text that has not been
+    converted yet is taken as it stands in the file.
+    """
+    element = dataset.get_item(_tag(name))
+    if element is None:
+        return None
+    if not isinstance(element, RawDataElement) or element.VR not in _TEXT_VR or not isinstance(element.value, bytes):
+        return dataset.get(name)
+    values = [part.strip(" \0") for part in element.value.decode("latin-1").split("\\")]
+    return values if len(values) > 1 else values[0]
+
+
+# An element without VR stands in a file of implicit VR, and what it is follows from its name.
+_TEXT_VR = frozenset(["DS", "IS", "CS", "LO", "PN", "UI", "SH", None])
+
+
 def slice_facts(dataset: Dataset) -> dict[str, Any]:
     """Plane of a single-frame file: position, orientation, spacing, and what tells images at one place apart."""
     return {
-        "position": _numbers(dataset.get("ImagePositionPatient"), 3),
-        "orientation": _numbers(dataset.get("ImageOrientationPatient"), 6),
-        "spacing": _numbers(dataset.get("PixelSpacing"), 2),
-        "between": _number(dataset.get("SpacingBetweenSlices")),
-        "echo": _number(dataset.get("EchoTime")),
-        "temporal": _number(dataset.get("TemporalPositionIdentifier")),
-        "trigger": _number(dataset.get("TriggerTime")),
+        "position": _numbers(plain(dataset, "ImagePositionPatient"), 3),
+        "orientation": _numbers(plain(dataset, "ImageOrientationPatient"), 6),
+        "spacing": _numbers(plain(dataset, "PixelSpacing"), 2),
+        "between": _number(plain(dataset, "SpacingBetweenSlices")),
+        "echo": _number(plain(dataset, "EchoTime")),
+        "temporal": _number(plain(dataset, "TemporalPositionIdentifier")),
+        "trigger": _number(plain(dataset, "TriggerTime")),
         "b": _number(dataset.get("DiffusionBValue")),
         "part": "",
     }
@@ -246,6 +274,8 @@ def _numbers(value: Any, count: int) -> list[float] | None:
     """`count` finite numbers; ``None`` when absent, and an empty list when there but unusable."""
     if value is None or value == "":
         return None
+    if isinstance(value, str):
+        value = [value]
     try:
         numbers = [float(item) for item in value]
     except (TypeError, ValueError, OverflowError):

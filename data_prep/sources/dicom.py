@@ -89,7 +89,8 @@ class Dicom(Source):
     ] = False
     min_slices: Annotated[int, typer.Option(help="Smaller stacks are skipped.", min=2)] = 2
     converter: Annotated[
-        Literal["dcm2niix", "simpleitk"], typer.Option(help="Who decodes volumes first; the proof is the same.")
+        Literal["dcm2niix", "simpleitk"],
+        typer.Option(help="dcm2niix: compare uncompressed volumes with what it makes; simpleitk: do not."),
     ] = "dcm2niix"
     secondary_capture: Annotated[
         bool, typer.Option("--secondary-capture", help="Take X-rays stored as Secondary Capture, too.")
