@@ -142,7 +142,8 @@ class MonaiLayout(Layout):
         else:
             images = tuple(f"images/{name}_{i:04d}{ending}" for i in range(len(case.images)))
         label_map = (f"labels/{name}{ending}",) if case.label_map else ()
-        masks = tuple(f"labels/{name}_{view}{ending}" for view in case.views) if case.masks else ()
+        names = [f"{name}_{view}" for view in case.views] or [name]
+        masks = tuple(f"labels/{one}{ending}" for one in names) if case.masks else ()
         return images + label_map + masks
 
     def documents(self, description: Description, made: Sequence[Made]) -> dict[str, str]:
@@ -199,7 +200,8 @@ def _entries(made: Made, description: Description) -> list[dict[str, Any]]:
         else:
             entry["image"] = files
         if case.masks:
-            entry.update({f"mask{number}": rest[i] for number, i in enumerate(sample, 1)})
+            names = ["mask"] if len(files) == 1 else [f"mask{number}" for number in range(1, len(files) + 1)]
+            entry.update({key: rest[i] for key, i in zip(names, sample, strict=True)})
         if case.label_map:
             entry["label"] = rest[0]
         elif isinstance(case.target, Mapping):

@@ -74,7 +74,7 @@ class Case:
         landmarks: world coordinates ``(x, y, z)`` in mm, RAS+, in the order of `Description.landmark_names`, none
             missing. The worker proves that each lies inside the first image.
         views: names of the images when they are separate pictures (``("cc", "mlo")``), else empty: channels.
-        masks: one `Make` per view: a mask on the pixels of that picture.
+        masks: one `Make` per image or view: a mask on the pixels of that picture.
         samples: which images make one training example, as positions in `images`, when a case gives several
             (the pairs of images of a study); empty: all images are one example.
         split: the official part this case belongs to; ``None`` leaves the choice to the split.

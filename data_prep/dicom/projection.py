@@ -34,14 +34,19 @@ def projection(job: Job) -> Outcome:
         top, bottom, left, right = breast_box(pixels)
         notes.append(f"cropped to rows {top}-{bottom} and columns {left}-{right}")
         pixels = pixels[top:bottom, left:right]
-    max_side, is_shrunk = job.params.get("max_side"), False
-    if max_side and max(pixels.shape) > max_side:
-        scale = max_side / max(pixels.shape)
-        size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
-        small = Image.fromarray(pixels.astype(np.float32)).resize(size, Image.Resampling.BOX)
-        pixels, is_shrunk = np.clip(np.rint(np.asarray(small)), 0, 65535).astype(np.uint16), True
-    write_png(job.output, Image.fromarray(np.ascontiguousarray(pixels)))
-    return Outcome(Grid((pixels.shape[1], pixels.shape[0]), None), is_resampled=is_shrunk, notes=tuple(notes))
+    small = shrink(pixels, job.params.get("max_side", 0))
+    write_png(job.output, Image.fromarray(np.ascontiguousarray(small)))
+    return Outcome(Grid((small.shape[1], small.shape[0]), None), is_resampled=small is not pixels, notes=tuple(notes))
+
+
+def shrink(pixels: np.ndarray, max_side: int) -> np.ndarray:
+    """A picture whose longer side has at most `max_side` pixels, by means over areas; itself when it has, or for 0."""
+    if not max_side or max(pixels.shape) <= max_side:
+        return pixels
+    scale = max_side / max(pixels.shape)
+    size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
+    small = Image.fromarray(pixels.astype(np.float32)).resize(size, Image.Resampling.BOX)
+    return np.clip(np.rint(np.asarray(small)), 0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
 
 
 def render(dataset: Any, path: Any, window: int = 0) -> tuple[np.ndarray, list[str]]:

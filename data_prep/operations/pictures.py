@@ -6,6 +6,7 @@ import os
 import warnings
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from data_prep.errors import CaseError, ImageReadError
@@ -17,7 +18,7 @@ MAX_PIXELS = 200_000_000
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
 
 
-@operation(version=1)
+@operation(version=2)
 def picture(job: Job) -> Outcome:
     """A PNG of the same pixels.
 
@@ -33,6 +34,8 @@ def picture(job: Job) -> Outcome:
     notes = ("rotated as its EXIF orientation says",) if was_rotated else ()
     is_changed = was_rotated or wanted != image.mode
     if wanted != image.mode:
+        if image.mode == "I;16":  # Pillow would clip 16 bits to 8 instead of scaling them
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert(wanted)
     is_shrunk = False
     if max_side is not None and max(image.size) > max_side:
