@@ -12,16 +12,16 @@ import argparse
 import json
 from pathlib import Path
 
-_NAMES = {"scan": ("variant", "shape"), "ss2d": ("map",), "conv": ("sequence",)}
+_NAMES = ("variant", "shape", "map", "sequence")
 
 
 def rows_of(result: dict) -> dict[tuple[str, ...], dict[str, float]]:
     """Every row under its table and name."""
     found = {}
-    for table, names in _NAMES.items():
-        for row in result[table]:
-            numbers = {k: v for k, v in row.items() if isinstance(v, float) and k != "error"}
-            found[(table, *(row[name] for name in names))] = numbers
+    for table, rows in result["tables"].items():
+        for row in rows:
+            numbers = {k: v for k, v in row.items() if isinstance(v, float) and not k.endswith("_error")}
+            found[(table, *(row[name] for name in _NAMES if name in row))] = numbers
     return found
 
 

@@ -1,72 +1,160 @@
-"""Time the scans on this machine against loops and against what the machine can do; writes JSON and Markdown.
+"""Time the scans on this machine against loops, other kernels and what the machine can do; writes JSON and Markdown.
 
-    python benchmarks/scan.py --output benchmarks/results/scan
+    OMP_NUM_THREADS=1 python benchmarks/scan.py --output benchmarks/results/scan
 
-Every shape passes a comparison with float64 before it is timed. Times are minima of short repetitions on one thread;
-compare ratios within one run only.
+runs on the CPU and, where PyTorch finds one, on the GPU. Every shape passes a comparison with float64 before it is
+timed. Times on the CPU are of one thread, but for the table ``threads``. The minimum of the repetitions is the figure;
+median and number tell how disturbed the run was. Compare ratios within one run only.
+
+``--tables`` and ``--variants`` make a part; the rows of parts written to one ``--output`` are put together.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import importlib
 import json
 import platform
+import re
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from monai_mamba import __version__
+from monai_mamba.errors import BackendError
 from monai_mamba.ops import causal_conv1d, cpu_library, get_backend
 from monai_mamba.ops.backends import Backend
 from monai_mamba.ops.cpu import use_variant
 from monai_mamba.ops.routes import ROUTES
 
-#: name: batch, channels, length, groups, states, gate
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a scan: batch, channels (of all groups), steps, groups, states, and whether there is a gate."""
+
+    batch: int
+    channels: int
+    length: int
+    groups: int
+    states: int
+    gate: bool
+
+    @property
+    def updates(self) -> int:
+        return self.batch * self.channels * self.length * self.states
+
+    @property
+    def moved_bytes(self) -> int:
+        """What a forward pass in float32 reads and writes at least: sequences, matrices, output."""
+        sequences = (4 if self.gate else 3) * self.channels
+        return 4 * self.batch * self.length * (sequences + 2 * self.groups * self.states)
+
+
+_MEDMAMBA = {1: (384, 3136), 2: (768, 784), 3: (1536, 196), 4: (3072, 49)}  # at 224 x 224: routes x channels, pixels
 SHAPES = {
-    "MedMamba-T stage 1": (1, 384, 3136, 4, 16, False),
-    "MedMamba-T stage 2": (1, 768, 784, 4, 16, False),
-    "MedMamba-T stage 3": (1, 1536, 196, 4, 16, False),
-    "MedMamba-T stage 4": (1, 3072, 49, 4, 16, False),
-    "MedMamba-T stage 1, batch 4": (4, 384, 3136, 4, 16, False),
-    "nnMamba 32^3": (1, 128, 32768, 1, 16, True),
-    "nnMamba 16^3": (1, 256, 4096, 1, 16, True),
-    "nnMamba 8^3, 4 passes": (4, 512, 512, 1, 16, True),
-    "VMamba stage 1, N=1": (1, 384, 3136, 4, 1, False),
-    "VMamba stage 2, N=1": (1, 768, 784, 4, 1, False),
+    **{
+        f"MedMamba-T stage {stage}, batch {batch}": Shape(batch, channels, length, 4, 16, False)
+        for batch in (1, 4, 32)
+        for stage, (channels, length) in _MEDMAMBA.items()
+    },
+    # At 128 x 128 x 128 the three stages see 32, 16 and 8 cubed, four passes in one call.
+    "nnMamba 32^3, 4 passes": Shape(4, 128, 32768, 1, 16, True),
+    "nnMamba 16^3, 4 passes": Shape(4, 256, 4096, 1, 16, True),
+    "nnMamba 8^3, 4 passes": Shape(4, 512, 512, 1, 16, True),
+    "long, 48^3": Shape(1, 128, 110592, 1, 16, True),
+    **{
+        f"VMamba-T stage {stage}, N=1": Shape(1, channels, length, 4, 1, False)
+        for stage, (channels, length) in _MEDMAMBA.items()
+    },
 }
 MAPS = {"56^2, 96": (56, 96), "28^2, 192": (28, 192), "14^2, 384": (14, 384), "7^2, 768": (7, 768)}
 CONVOLUTIONS = {"32768 x 128": (32768, 128), "4096 x 256": (4096, 256), "512 x 512": (512, 512)}
+#: The loops are timed up to so many state updates: beyond, they need minutes and gigabytes.
+_LOOP_UPDATES, _LOOP_BACKWARD_UPDATES = 3.0e8, 3.0e7
+_FORWARD_TOLERANCE, _GRADIENT_TOLERANCE = 5e-7, 3e-6
 
 
-def measure(function, seconds: float) -> tuple[float, float]:
-    """Minimum and median time in ms of as many repetitions as fit the seconds, but at least two.
+class Clock:
+    """Times functions on one device."""
 
-    On a machine with other work the minimum is the figure, and the median tells how disturbed the run was.
-    """
-    function()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 2 or (time.perf_counter() < end and len(times) < 500):
+    def __init__(self, device: str, seconds: float) -> None:
+        self.device, self.seconds = device, seconds
+
+    def once(self, function: Callable[[], object]) -> float:
+        """Milliseconds of one call."""
+        if self.device == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            function()
+            end.record()
+            torch.cuda.synchronize()
+            return begin.elapsed_time(end)
         start = time.perf_counter()
         function()
-        times.append(1e3 * (time.perf_counter() - start))
-    return min(times), sorted(times)[len(times) // 2]
+        return 1e3 * (time.perf_counter() - start)
+
+    def measure(self, function: Callable[[], object], seconds: float | None = None) -> dict[str, float]:
+        """Minimum, median and number of as many calls as fit the seconds, but at least two after a first one."""
+        self.once(function)
+        times: list[float] = []
+        end = time.perf_counter() + (self.seconds if seconds is None else seconds)
+        while len(times) < 2 or (time.perf_counter() < end and len(times) < 1000):
+            times.append(self.once(function))
+        return {"ms": min(times), "median_ms": sorted(times)[len(times) // 2], "calls": len(times)}
+
+    def extra_bytes(self, function: Callable[[], object]) -> int | None:
+        """How far memory rises above what is in use before the call; None where the system does not tell."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            result = function()
+            peak = torch.cuda.max_memory_allocated()
+            del result
+            return peak - before
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # pages that were freed would be used again without showing
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
+            before = _resident("VmRSS")
+            result = function()
+            peak = _resident("VmHWM")
+            del result
+            return max(0, peak - before)
+        except (OSError, AttributeError):
+            return None
 
 
-def inputs(batch, channels, length, groups, states, gate):
+def _resident(name: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    found = re.search(rf"{name}:\s+(\d+) kB", text)
+    if found is None:
+        raise OSError(f"no {name} in /proc/self/status")
+    return 1024 * int(found[1])
+
+
+def inputs(shape: Shape, device: str = "cpu") -> list[Tensor | None]:
+    """Arguments of ``scan_forward`` up to the bias, drawn like those of a network at its initialisation."""
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator)
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(device)
 
-    A = -torch.arange(1, states + 1.0).repeat(channels, 1)
-    u, delta, z = draw(batch, length, channels), 0.5 * draw(batch, length, channels), draw(batch, length, channels)
-    B, C = draw(batch, length, groups, states), draw(batch, length, groups, states)
-    return [u, delta, A, B, C, draw(channels), z if gate else None, draw(channels) - 4]
+    sequence = (shape.batch, shape.length, shape.channels)
+    matrix = (shape.batch, shape.length, shape.groups, shape.states)
+    A = -torch.arange(1, shape.states + 1.0, device=device).repeat(shape.channels, 1)
+    u, delta, z = draw(*sequence), 0.5 * draw(*sequence), draw(*sequence) if shape.gate else None
+    return [u, delta, A, draw(*matrix), draw(*matrix), draw(shape.channels), z, draw(shape.channels) - 4]
 
 
-def sequential_loop(u, delta, A, B, C, D, z, bias):
+def sequential_loop(u, delta, A, B, C, D, z, bias) -> Tensor:
     """One step after the other with exp(delta A) and delta B u made for all steps first, as published code does."""
     delta = F.softplus(delta + bias)
     repeat = u.shape[2] // B.shape[2]
@@ -82,103 +170,298 @@ def sequential_loop(u, delta, A, B, C, D, z, bias):
     return y if z is None else y * F.silu(z)
 
 
-def gate_of_correctness(values) -> float:
-    """Error of the C library against PyTorch in float64, of the first 200 steps; raises if it is too large."""
+def linear_loop(u, delta, A, B, C, D, z, bias) -> Tensor:
+    """The same with ``unbind`` for indexing: its backward pass takes time linear in the length, not quadratic."""
+    delta = F.softplus(delta + bias)
+    repeat = u.shape[2] // B.shape[2]
+    decay = torch.exp(delta[..., None] * A).unbind(1)
+    drive = ((delta * u)[..., None] * B.repeat_interleave(repeat, 2)).unbind(1)
+    matrices = C.repeat_interleave(repeat, 2).unbind(1)
+    h = torch.zeros_like(drive[0])
+    outputs = []
+    for a, b, c in zip(decay, drive, matrices, strict=True):
+        h = a * h + b
+        outputs.append((h * c).sum(-1))
+    y = torch.stack(outputs, 1) + D * u
+    return y if z is None else y * F.silu(z)
+
+
+def with_backward(function: Callable[..., Tensor], values: list[Tensor | None]) -> Callable[[], object]:
+    """A call of the function and of its derivatives by autograd."""
+    leaves = [None if v is None else v.detach().clone().requires_grad_() for v in values]
+    wanted = [v for v in leaves if v is not None]
+
+    def run() -> object:
+        with torch.enable_grad():
+            return torch.autograd.grad(function(*leaves).sum(), wanted)
+
+    return run
+
+
+def gate_of_correctness(backend: Backend, values: list[Tensor | None]) -> dict[str, float]:
+    """Errors against PyTorch in float64 over the first 200 steps; ends the program if they are too large."""
     short = [v[:1, :200] if v is not None and v.ndim > 2 else v for v in values]
-    y, states = get_backend("cpu").scan_forward(*short, True, True)
+    y, states = backend.scan_forward(*short, True, True)
     wide = [None if v is None else v.double() for v in short]
     expected, wide_states = get_backend("torch").scan_forward(*wide, True, True)
-    worst = ((y - expected).abs().max() / expected.abs().max()).item()
-    if not worst <= 5e-7:
-        raise SystemExit(f"forward error {worst:.1e} of the maximum, more than 5e-7: no timing of a wrong result")
-    found = get_backend("cpu").scan_backward(y, states, *short, True)
+    forward = ((y - expected).abs().max() / expected.abs().max()).item()
+    if not forward <= _FORWARD_TOLERANCE:
+        raise SystemExit(
+            f"forward error {forward:.1e} of the maximum, more than {_FORWARD_TOLERANCE}: nothing is timed"
+        )
+    found = backend.scan_backward(y, states, *short, True)
     reference = get_backend("torch").scan_backward(y.double(), wide_states, *wide, True)
-    for a, b in zip(found, reference, strict=True):
-        if b is not None and not (a - b).abs().max() <= 3e-6 * b.abs().max():
-            raise SystemExit("a gradient is off by more than 3e-6 of its maximum: no timing of a wrong result")
-    return worst
+    errors = [
+        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, reference, strict=True) if b is not None
+    ]
+    if not max(errors) <= _GRADIENT_TOLERANCE:
+        raise SystemExit(f"gradient error {max(errors):.1e} of the maximum, more than {_GRADIENT_TOLERANCE}")
+    return {"forward_error": forward, "gradient_error": max(errors)}
 
 
-def limits(variant: str) -> dict[str, float]:
+def cpu_limits(variant: str, clock: Clock) -> dict[str, float]:
+    """Rates of one core with everything in registers and the first-level cache, and bandwidth of a large copy."""
     library = cpu_library.load()
     index = library.choose_variant(variant)
     rounds, found = 1000, {}
     for kind, name, operations in ((0, "exp2", 1024), (1, "fma", 8192), (2, "update", 4096)):
-        best, _ = measure(lambda kind=kind: library.probe(index, kind, rounds), 0.3)
+        best = clock.measure(lambda kind=kind: library.probe(index, kind, rounds), 0.3)["ms"]
         found[f"{name}_g_per_s"] = rounds * operations / best / 1e6
-    return found
+    return {**found, **copy_bandwidth(clock)}
 
 
-def scan_rows(variant: str, quick: bool, loop: bool) -> list[dict]:
-    rows = []
-    backend = get_backend("cpu")
-    rate = limits(variant)["update_g_per_s"]
-    for name, (batch, channels, length, groups, states, has_gate) in SHAPES.items():
-        values = inputs(batch, channels, length, groups, states, has_gate)
-        updates = batch * channels * length * states
-        row = {"shape": name, "variant": variant, "error": gate_of_correctness(values)}
-        seconds = 0.4 if quick else 1.2
-        row["forward_ms"], row["forward_median_ms"] = measure(
-            lambda v=values: backend.scan_forward(*v, True, False), seconds
-        )
-        y, saved = backend.scan_forward(*values, True, True)
-        row["backward_ms"], row["backward_median_ms"] = measure(
-            lambda v=values, y=y, s=saved: backend.scan_backward(y, s, *v, True), seconds
-        )
-        copy = torch.empty_like(values[0])
-        row["copy_ms"], _ = measure(lambda c=copy, v=values: c.copy_(v[0]), seconds)
-        row["forward_g_per_s"] = updates / row["forward_ms"] / 1e6
-        row["backward_per_forward"] = row["backward_ms"] / row["forward_ms"]
-        row["forward_per_limit"] = rate / row["forward_g_per_s"]
-        if loop and updates <= 2.5e7:
-            row["loop_ms"], _ = measure(lambda v=values: sequential_loop(*v), 0)
-            row["loop_per_forward"] = row["loop_ms"] / row["forward_ms"]
-            torch_ms, _ = measure(lambda v=values: get_backend("torch").scan_forward(*v, True, False), 0)
-            row["loop_per_torch"] = row["loop_ms"] / torch_ms
-        rows.append(row)
-        print(name, {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}, flush=True)
-    return rows
+def copy_bandwidth(clock: Clock) -> dict[str, float]:
+    source = torch.randn(2**25, device=clock.device)  # 134 MB: more than any cache holds
+    target = torch.empty_like(source)
+    best = clock.measure(lambda: target.copy_(source), 0.5)["ms"]
+    return {"copy_gb_per_s": 2 * 4 * source.numel() / best / 1e6}
 
 
-def map_rows(quick: bool) -> list[dict]:
-    rows = []
-    backend = get_backend("cpu")
-    for name, (size, channels) in MAPS.items():
-        shape = (1, size, size, 4)
-        values = (
-            *(torch.randn(1, size, size, channels), 0.5 * torch.randn(*shape, channels)),
-            -torch.arange(1, 17.0).repeat(4, channels, 1),
-            *(torch.randn(*shape, 16), torch.randn(*shape, 16), torch.randn(4, channels), torch.randn(4, channels) - 4),
-        )
-        fused, _ = measure(lambda v=values: backend.ss2d_forward(*v, ROUTES, True, False), 0.4 if quick else 1.2)
-        apart, _ = measure(
-            lambda v=values: Backend.ss2d_forward(backend, *v, ROUTES, True, False), 0.4 if quick else 1.2
-        )
-        rows.append({"map": name, "fused_ms": fused, "separate_ms": apart, "fused_per_separate": fused / apart})
+def scan_row(
+    name: str, backend: Backend, clock: Clock, limit: dict[str, float], rivals: dict[str, Callable], loops: bool
+) -> dict:
+    """One shape: our times and memory, the limit, and what others need for the same."""
+    shape = SHAPES[name]
+    values = inputs(shape, clock.device)
+    row: dict = {"shape": name, **gate_of_correctness(backend, values)}
+    forward = clock.measure(lambda: backend.scan_forward(*values, True, False))
+    training = clock.measure(lambda: backend.scan_forward(*values, True, True))
+    outcome = backend.scan_forward(*values, True, True)
+    backward = clock.measure(lambda: backend.scan_backward(*outcome, *values, True))
+    row |= {f"forward_{k}": v for k, v in forward.items()} | {f"backward_{k}": v for k, v in backward.items()}
+    both = training["ms"] + backward["ms"]
+    row["forward_g_per_s"] = shape.updates / forward["ms"] / 1e6
+    row["backward_per_forward"] = backward["ms"] / forward["ms"]
+    memory_ms = shape.moved_bytes / limit["copy_gb_per_s"] / 1e6
+    update_ms = shape.updates / limit["update_g_per_s"] / 1e6
+    row["forward_per_copy_bandwidth"] = forward["ms"] / memory_ms
+    row["forward_per_limit"] = forward["ms"] / max(update_ms, memory_ms)
+    size = output = 4 * shape.batch * shape.length * shape.channels
+    extra = clock.extra_bytes(lambda: backend.scan_forward(*values, True, False))
+    if extra is not None:
+        row["inference_extra_mb_above_output"] = (extra - output) / 1e6
+        kept = clock.extra_bytes(lambda: backend.scan_forward(*values, True, True))
+        row["training_extra_above_output_per_u"] = (kept - output) / size
+    if loops and shape.updates <= _LOOP_UPDATES:
+        row["loop_per_forward"] = clock.measure(lambda: sequential_loop(*values), 0)["ms"] / forward["ms"]
+        torch_ms = clock.measure(lambda: get_backend("torch").scan_forward(*values, True, False), 0)["ms"]
+        row["loop_per_torch"] = row["loop_per_forward"] * forward["ms"] / torch_ms
+    if loops and shape.updates <= _LOOP_BACKWARD_UPDATES:
+        linear = clock.measure(with_backward(linear_loop, values), 0)["ms"]
+        row["linear_loop_per_forward_and_backward"] = linear / both
+    for rival, scan in rivals.items():
+        row[f"{rival}_per_forward"] = clock.measure(lambda scan=scan: scan(*values))["ms"] / forward["ms"]
+        row[f"{rival}_per_forward_and_backward"] = clock.measure(with_backward(scan, values))["ms"] / both
+    return row
+
+
+def map_row(name: str, backend: Backend, clock: Clock) -> dict:
+    """Scan, cross-scan and cross-merge in one pass against the three one after the other."""
+    size, channels = MAPS[name]
+    shape = (1, size, size, 4)
+    values = (
+        *(torch.randn(1, size, size, channels), 0.5 * torch.randn(*shape, channels)),
+        -torch.arange(1, 17.0).repeat(4, channels, 1),
+        *(torch.randn(*shape, 16), torch.randn(*shape, 16), torch.randn(4, channels), torch.randn(4, channels) - 4),
+    )
+    values = tuple(v.to(clock.device) for v in values)
+    fused, fused_states = backend.ss2d_forward(*values, ROUTES, True, True)
+    apart, apart_states = Backend.ss2d_forward(backend, *values, ROUTES, True, True)
+    if not (fused - apart).abs().max() <= 1e-6 * apart.abs().max():
+        raise SystemExit(f"the fused map scan differs from the separate one at {name}: nothing is timed")
+    row: dict = {"map": name}
+    for part, calls in (
+        (
+            "forward",
+            (
+                lambda: backend.ss2d_forward(*values, ROUTES, True, False),
+                lambda: Backend.ss2d_forward(backend, *values, ROUTES, True, False),
+            ),
+        ),
+        (
+            "backward",
+            (
+                lambda: backend.ss2d_backward(fused, fused_states, *values, ROUTES, True),
+                lambda: Backend.ss2d_backward(backend, fused, apart_states, *values, ROUTES, True),
+            ),
+        ),
+    ):
+        one, three = (clock.measure(call) for call in calls)
+        row[f"fused_{part}_ms"], row[f"separate_{part}_ms"] = one["ms"], three["ms"]
+        row[f"fused_per_separate_{part}"] = one["ms"] / three["ms"]
+    return row
+
+
+def conv_row(name: str, backend: str, clock: Clock) -> dict:
+    """The causal convolution with SiLU, channels-last, against PyTorch's, channels-first, and against a copy."""
+    length, channels = CONVOLUTIONS[name]
+    x, weight, bias = (
+        torch.randn(*s, device=clock.device) for s in ((1, length, channels), (channels, 4), (channels,))
+    )
+    first, target = x.transpose(1, 2).contiguous(), torch.empty_like(x)
+
+    def theirs() -> Tensor:
+        return F.silu(F.conv1d(first, weight[:, None], bias, padding=3, groups=channels)[..., :length])
+
+    def ours() -> Tensor:
+        return causal_conv1d(x, weight, bias, "silu", channels_last=True, backend=backend)
+
+    if not (ours() - theirs().transpose(1, 2)).abs().max() <= 1e-5:
+        raise SystemExit(f"the convolution differs from PyTorch's at {name}: nothing is timed")
+    own, other, copy = clock.measure(ours), clock.measure(theirs), clock.measure(lambda: target.copy_(x))
+    row = {"sequence": name, **own, "torch_ms": other["ms"], "copy_ms": copy["ms"]}
+    return {**row, "torch_per_ours": other["ms"] / own["ms"], "ours_per_copy": own["ms"] / copy["ms"]}
+
+
+def thread_rows(clock: Clock) -> list[dict]:
+    """What a second thread gains; both counts take turns, so that other work meets both."""
+    rows, backend = [], get_backend("cpu")
+    for name, shape in SHAPES.items():
+        if not 1e7 <= shape.updates <= 3e8:
+            continue
+        values, times = inputs(shape), {1: [], 2: []}
+        end = time.perf_counter() + 2 * clock.seconds
+        while len(times[2]) < 3 or time.perf_counter() < end:
+            for threads in times:
+                torch.set_num_threads(threads)
+                times[threads].append(clock.once(lambda v=values: backend.scan_forward(*v, True, False)))
+        torch.set_num_threads(1)
+        row = {"shape": name, "one_ms": min(times[1]), "two_ms": min(times[2]), "calls": len(times[2])}
+        rows.append({**row, "one_per_two": row["one_ms"] / row["two_ms"]})
         print(rows[-1], flush=True)
     return rows
 
 
-def conv_rows(quick: bool) -> list[dict]:
-    rows = []
-    for name, (length, channels) in CONVOLUTIONS.items():
-        x, weight, bias = torch.randn(1, length, channels), torch.randn(channels, 4), torch.randn(channels)
-        first, target = x.transpose(1, 2).contiguous(), torch.empty_like(x)
+def gpu_limits(clock: Clock) -> dict[str, float]:
+    """Rates of the whole device, from a Triton kernel that does nothing but state updates in registers."""
+    import triton
+    import triton.language as tl
 
-        def ours(x=x, weight=weight, bias=bias):
-            return causal_conv1d(x, weight, bias, "silu", channels_last=True, backend="cpu")
+    global gpu_probe_kernel
 
-        def theirs(first=first, weight=weight, bias=bias, channels=channels, length=length):
-            return F.silu(F.conv1d(first, weight[:, None], bias, padding=3, groups=channels)[..., :length])
+    @triton.jit
+    def gpu_probe_kernel(out, rounds, WIDTH: tl.constexpr):
+        lane = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+        h = lane.to(tl.float32) * 1e-9
+        step = h
+        for _ in range(rounds):
+            h = tl.exp2(step) * h + 1e-3
+            step = h * -1e-6
+        tl.store(out + lane, h)
 
-        seconds = 0.4 if quick else 1.2
-        own, _ = measure(ours, seconds)
-        other, _ = measure(theirs, seconds)
-        copy, _ = measure(lambda t=target, x=x: t.copy_(x), seconds)
-        row = {"sequence": name, "ms": own, "torch_ms": other, "copy_ms": copy}
-        rows.append({**row, "torch_per_ours": other / own, "ours_per_copy": own / copy})
-        print(rows[-1], flush=True)
-    return rows
+    width, rounds = 1024, 2000
+    programs = 8 * torch.cuda.get_device_properties(0).multi_processor_count
+    out = torch.empty(programs * width, device="cuda")
+    best = clock.measure(lambda: gpu_probe_kernel[(programs,)](out, rounds, WIDTH=width, num_warps=4))["ms"]
+    return {"update_g_per_s": programs * width * rounds / best / 1e6, **copy_bandwidth(clock)}
+
+
+def gpu_rivals() -> dict[str, Callable]:
+    """Kernels of others that can be imported here; they copy our layout into theirs, as a network would have to."""
+    rivals: dict[str, Callable] = {}
+    try:
+        mamba_ssm = get_backend("mamba_ssm")
+        if mamba_ssm.availability().ok:
+            from monai_mamba.ops import selective_scan
+
+            def scan(u, delta, A, B, C, D, z, bias):
+                return selective_scan(u, delta, A, B, C, D, z, bias, True, channels_last=True, backend="mamba_ssm")
+
+            rivals["mamba_ssm"] = scan
+    except BackendError as error:
+        print(f"mamba-ssm is left out: {error}", file=sys.stderr)
+    try:
+        oflex = importlib.import_module("selective_scan_cuda_oflex")
+    except (ImportError, OSError) as error:
+        print(f"VMamba's kernel is left out: {error}", file=sys.stderr)
+        return rivals
+
+    class Oflex(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, u, delta, A, B, C, D, bias):
+            y, kept, *_ = oflex.fwd(u, delta, A, B, C, D, bias, True, 1, True)
+            ctx.save_for_backward(u, delta, A, B, C, D, bias, kept)
+            return y
+
+        @staticmethod
+        def backward(ctx, grad):
+            u, delta, A, B, C, D, bias, kept = ctx.saved_tensors
+            return tuple(oflex.bwd(u, delta, A, B, C, D, bias, grad.contiguous(), kept, True, 1))[:7]
+
+    def vmamba(u, delta, A, B, C, D, z, bias):
+        u, delta = (t.transpose(1, 2).contiguous() for t in (u, delta))
+        B, C = (m.permute(0, 2, 3, 1).contiguous() for m in (B, C))
+        y = Oflex.apply(u, delta, A, B, C, D, bias).transpose(1, 2)
+        return y if z is None else y * F.silu(z)
+
+    rivals["vmamba"] = vmamba
+    return rivals
+
+
+def cpu_tables(arguments: argparse.Namespace) -> dict:
+    library = cpu_library.load()
+    clock = Clock("cpu", arguments.seconds)
+    best = list(library.variants)[-1]
+    variants = arguments.variants or list(library.variants)
+    tables: dict = {"cpu limits": [], "cpu scan": []}
+    for variant in variants:
+        with use_variant(variant):
+            limit = cpu_limits(variant, clock)
+            tables["cpu limits"].append({"variant": variant, **limit})
+            for name in SHAPES if "scan" in arguments.tables else ():
+                row = scan_row(name, get_backend("cpu"), clock, limit, {}, loops=variant == best)
+                tables["cpu scan"].append({"variant": variant, **row})
+                print(variant, _digest(row), flush=True)
+    if "ss2d" in arguments.tables:
+        tables["cpu ss2d"] = [map_row(name, get_backend("cpu"), clock) for name in MAPS]
+    if "conv" in arguments.tables:
+        tables["cpu conv"] = [conv_row(name, "cpu", clock) for name in CONVOLUTIONS]
+    if "threads" in arguments.tables:
+        tables["cpu threads"] = thread_rows(clock)
+    return tables
+
+
+def gpu_tables(arguments: argparse.Namespace) -> dict:
+    clock, backend = Clock("cuda", arguments.seconds), get_backend("triton")
+    availability = backend.availability()
+    if not availability.ok:
+        raise SystemExit(f"backend 'triton' is not available: {availability.reason}")
+    rivals, limit = gpu_rivals(), gpu_limits(clock)
+    tables: dict = {"cuda limits": [limit], "cuda scan": []}
+    for name in SHAPES if "scan" in arguments.tables else ():
+        row = scan_row(name, backend, clock, limit, rivals, loops=False)
+        tables["cuda scan"].append(row)
+        print(_digest(row), flush=True)
+    if "ss2d" in arguments.tables:
+        tables["cuda ss2d"] = [map_row(name, backend, clock) for name in MAPS]
+    if "conv" in arguments.tables:
+        tables["cuda conv"] = [conv_row(name, "triton", clock) for name in CONVOLUTIONS]
+    return tables
+
+
+def _digest(row: dict) -> str:
+    numbers = ", ".join(f"{k} {v:.3g}" for k, v in row.items() if isinstance(v, float))
+    return f"{row['shape']}: {numbers}"
 
 
 def table(rows: list[dict]) -> str:
@@ -190,37 +473,63 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def machine() -> dict[str, str]:
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"model name\s*: (.*)", text)
+    versions = {"monai-mamba": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "mamba-ssm"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"cpu": found[1] if found else platform.processor(), "gpu": gpu, **versions}
+
+
+def merge(earlier: list[dict], later: list[dict]) -> list[dict]:
+    """Rows of both, those of the later part where both have one of the same name."""
+
+    def name(row: dict) -> tuple:
+        return tuple(row.get(k) for k in ("variant", "shape", "map", "sequence"))
+
+    fresh = {name(row): row for row in later}
+    kept = [fresh.pop(name(row), row) for row in earlier]
+    return [*kept, *fresh.values()]
+
+
+def write(output: Path, result: dict) -> None:
+    """Write JSON and Markdown, together with what an earlier part found on the same machine."""
+    path = output.with_suffix(".json")
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        if earlier.get("machine") == result["machine"]:
+            names = dict.fromkeys([*earlier["tables"], *result["tables"]])
+            tables = {n: merge(earlier["tables"].get(n, []), result["tables"].get(n, [])) for n in names}
+            result = {**result, "tables": tables, "commands": [*earlier["commands"], *result["commands"]]}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    head = [f"- {k}: {v}" for k, v in result["machine"].items()] + [f"- command: `{c}`" for c in result["commands"]]
+    body = "\n\n".join(f"## {name}\n\n{table(rows)}" for name, rows in result["tables"].items() if rows)
+    output.with_suffix(".md").write_text("# Scan benchmark\n\n" + "\n".join(head) + f"\n\n{body}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="name of the results without ending")
-    parser.add_argument("--quick", action="store_true", help="a third of the repetitions")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each figure; the loops run three times")
+    parser.add_argument("--device", choices=["cpu", "cuda"], nargs="*", help="default: all there are")
+    parser.add_argument("--variants", nargs="*", help="instruction sets of the C library; default: all that run here")
+    parser.add_argument("--tables", nargs="*", default=["scan", "ss2d", "conv", "threads"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    library = cpu_library.load()
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    result: dict = {
-        "machine": model,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": 1,
-        "command": "python benchmarks/scan.py" + (" --quick" if arguments.quick else ""),
-        "limits": {name: limits(name) for name in library.variants},
-        "scan": [],
-    }
-    best = list(library.variants)[-1]
-    for variant in library.variants:
-        with use_variant(variant):
-            result["scan"] += scan_rows(variant, arguments.quick, loop=variant == best)
-    result["ss2d"], result["conv"] = map_rows(arguments.quick), conv_rows(arguments.quick)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    head = "\n".join(f"- {k}: {v}" for k, v in result.items() if not isinstance(v, list))
-    body = "\n\n".join(f"## {name}\n\n{table(result[name])}" for name in ("scan", "ss2d", "conv"))
-    arguments.output.with_suffix(".md").write_text(f"# Scan benchmark\n\n{head}\n\n{body}\n")
+    devices = arguments.device or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    result: dict = {"machine": machine(), "commands": [" ".join(["python", *sys.argv])], "tables": {}}
+    if "cpu" in devices:
+        result["tables"] |= cpu_tables(arguments)
+    if "cuda" in devices:
+        result["tables"] |= gpu_tables(arguments)
+    write(arguments.output, {**result, "tables": {k: v for k, v in result["tables"].items() if v}})
 
 
 if __name__ == "__main__":
