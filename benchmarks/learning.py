@@ -1,0 +1,181 @@
+"""Do the networks learn? Train the bundles on the packaged samples and score them, each beside its twin without scans.
+
+    python benchmarks/learning.py pneumonia breast two_view landmarks
+    python benchmarks/learning.py --table
+
+Every run is the bundle's own training and evaluation (``configs/train.json``, ``configs/evaluate.json``) with the
+settings printed in the table. A run that is in ``benchmarks/results/learning.json`` already is not repeated; a run
+with other settings is. ``--table`` writes the results into ``docs/results.md``. One thread, about 40 minutes of CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "learning.json"
+PAGE = ROOT / "docs" / "results.md"
+MARKS = ("<!-- learning: written by benchmarks/learning.py --table -->", "<!-- learning: end -->")
+TWINS = ("mamba", "none")
+_TWO_VIEW = {"image_size": 32, "batch_size": 16, "lr": 0.001, "max_epochs": 12}
+_SMALL = {"network_def#depths": [1, 1], "network_def#dims": 32}
+_SINGLE_VIEW = {
+    "_target_": "monai_mamba.networks.VMamba", "_requires_": "@seeding", "in_channels": 3, "num_classes": 2,
+    "depths": [1, 1], "dims": 32,
+}  # fmt: skip
+
+#: group: (name, bundle, sample, settings, mixers, seeds)
+RUNS: dict[str, list[tuple[str, str, str, dict[str, Any], tuple[str, ...], tuple[int, ...]]]] = {
+    "pneumonia": [
+        ("MedMamba-T, PneumoniaMNIST", "medmamba", "pneumoniamnist",
+         {"image_size": 64, "batch_size": 32, "max_epochs": 3}, TWINS, (42,)),
+    ],
+    "breast": [
+        ("MedMamba-T, BreastMNIST", "medmamba", "breastmnist",
+         {"image_size": 64, "batch_size": 32, "max_epochs": 15}, TWINS, (42, 43)),
+    ],
+    "two_view": [
+        ("XFMamba (two blocks of 32), same organ?", "xfmamba", "same_organ", {**_TWO_VIEW, **_SMALL}, TWINS, (42, 43, 44)),
+        ("late joining, same organ?", "xfmamba", "same_organ",
+         {**_TWO_VIEW, **_SMALL, "network_def#fusion": "late"}, ("mamba",), (42, 43, 44)),
+        ("first view alone (VMamba of that size), same organ?", "medmamba", "same_organ",
+         {**_TWO_VIEW, "network_def": _SINGLE_VIEW}, ("mamba",), (42, 43, 44)),
+    ],
+}  # fmt: skip
+
+
+def main() -> None:
+    """Train what is asked for, or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("groups", nargs="*", choices=[*RUNS, []], help="what to train")
+    parser.add_argument("--table", action="store_true", help="write docs/results.md from the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the results are")
+    arguments = parser.parse_args()
+    for group in arguments.groups:
+        for name, bundle, sample, settings, mixers, seeds in RUNS[group]:
+            for seed in seeds:
+                for mixer in mixers:
+                    entry = {"name": name, "bundle": bundle, "sample": sample, "mixer": mixer, "seed": seed}
+                    run_once(arguments.results, group, {**entry, "settings": settings})
+    if arguments.table:
+        write_table(json.loads(arguments.results.read_text(encoding="utf-8")))
+
+
+def run_once(results: Path, group: str, entry: dict[str, Any]) -> None:
+    """Train and score one network unless its result is there; add the result to the file."""
+    known = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else []
+    if any(all(row.get(key) == value for key, value in entry.items()) for row in known):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.process_time()
+        figures = train_and_score(Path(folder), **{key: entry[key] for key in entry if key != "name"})
+        figures |= {"cpu_seconds": round(time.process_time() - start), "versions": versions()}
+    print(entry, figures, flush=True)
+    # Read again: several groups may run side by side.
+    known = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else []
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps([*known, {"group": group, **entry, **figures}], indent=1) + "\n", encoding="utf-8")
+
+
+def train_and_score(
+    folder: Path, bundle: str, sample: str, mixer: str, seed: int, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Run a bundle's training and evaluation in ``folder``; return its figures."""
+    from monai.bundle import ConfigWorkflow
+
+    from monai_mamba.training.samples import sample_dataset
+
+    data = Path(sample_dataset(sample, folder / "data"))
+    if bundle == "medmamba" and sample == "same_organ":
+        keep_first_view(data)
+    root = folder / bundle
+    shutil.copytree(ROOT / "bundles" / bundle / "configs", root / "configs")
+    overrides = {"bundle_root": str(root), "dataset_dir": str(data), "seed": seed, **settings}
+    if mixer != "mamba":
+        overrides["network_def#mixer"] = mixer
+    for configs in (["train"], ["train", "evaluate"]):
+        workflow = ConfigWorkflow(
+            config_file=[str(root / "configs" / f"{config}.json") for config in configs],
+            workflow_type="train",
+            logging_file=False,
+            **overrides,
+        )
+        workflow.initialize()
+        workflow.run()
+        workflow.finalize()
+    return figures_of(root)
+
+
+def keep_first_view(data: Path) -> None:
+    """Turn a data set of two views into one of the first view alone."""
+    manifest = json.loads((data / "datalist.json").read_text(encoding="utf-8"))
+    for section in ("training", "validation", "test"):
+        manifest[section] = [
+            {"case": case["case"], "image": case["image1"], "label": case["label"]} for case in manifest[section]
+        ]
+    (data / "datalist.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def figures_of(root: Path) -> dict[str, Any]:
+    """AUC on the validation and the test section with DeLong's 95 % interval, accuracy, and the epoch of the best."""
+    from monai_mamba.evaluation.classification import delong
+    from monai_mamba.evaluation.tables import read_predictions
+
+    figures: dict[str, Any] = {}
+    for section in ("validation", "test"):
+        table = read_predictions(root / "eval" / f"{section}.csv")
+        area = delong(table.label, table.probs[:, 1])
+        figures[f"{section}_auc"] = [round(value, 4) for value in (area.auc, area.low, area.high)]
+    metrics = json.loads((root / "eval" / "metrics.json").read_text(encoding="utf-8"))
+    figures["test_accuracy"] = [round(metrics["metrics"]["accuracy"][key], 4) for key in ("value", "low", "high")]
+    figures["best_epoch"] = json.loads((root / "models" / "model.json").read_text(encoding="utf-8"))["epoch"]
+    return figures
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on."""
+    import monai
+    import torch
+
+    import monai_mamba
+
+    return {
+        "monai-mamba": monai_mamba.__version__, "torch": torch.__version__, "monai": monai.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+    }  # fmt: skip
+
+
+def write_table(rows: list[dict[str, Any]]) -> None:
+    """Write the results between the marks in docs/results.md."""
+    lines = [
+        "| network, data | scans | seed | validation AUC | test AUC | test accuracy | best epoch | CPU min |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if "validation_auc" in row:
+            cells = [_interval(row[key]) for key in ("validation_auc", "test_auc", "test_accuracy")]
+            scans = "yes" if row["mixer"] == "mamba" else "no"
+            lines.append(
+                f"| {row['name']} | {scans} | {row['seed']} | {' | '.join(cells)} | {row['best_epoch']} of "
+                f"{row['settings']['max_epochs']} | {row['cpu_seconds'] / 60:.1f} |"
+            )
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(MARKS[0], 1)
+    after = rest.split(MARKS[1], 1)[1]
+    PAGE.write_text(before + "\n".join([MARKS[0], "", *lines, "", MARKS[1]]) + after, encoding="utf-8")
+
+
+def _interval(values: list[float]) -> str:
+    value, low, high = values
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+if __name__ == "__main__":
+    main()
