@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -42,6 +43,20 @@ def copy_file(source: os.PathLike[str] | str, target: os.PathLike[str] | str) ->
     """Copy the content of ``source`` to ``target``, whole or not at all."""
     with whole_file(target) as temporary:
         shutil.copyfile(source, temporary)
+
+
+def case_file(folder: os.PathLike[str] | str, case: str, suffix: str) -> Path:
+    """Return where the output of a case lies: ``folder / case`` without the suffix of an image, plus ``suffix``.
+
+    Cases of a folder of images are called by their path in it; the subfolders are made. What else a data list may call
+    a case never leads out of ``folder``.
+    """
+    name = re.sub(r"\.(nii(\.gz)?|png|jpe?g|bmp|tiff?|dcm)$", "", case, flags=re.IGNORECASE)
+    parts = [re.sub(r"[^\w.+@=, -]", "_", part) for part in re.split(r"[/\\]", name)]
+    parts = [part for part in parts if part.strip(". ")] or ["case"]
+    path = Path(folder).joinpath(*parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(path.name + suffix)
 
 
 def _umask() -> int:

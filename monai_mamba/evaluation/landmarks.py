@@ -172,6 +172,34 @@ def evaluate_files(
     return metrics
 
 
+def summarize_trainings(
+    tables: Sequence[os.PathLike[str] | str], output_dir: os.PathLike[str] | str
+) -> dict[str, dict[str, Any]]:
+    """Write ``trainings.json``: mean and population standard deviation of every metric over several trainings.
+
+    The paper reports three trainings so.
+
+    Args:
+        tables: one per training, of the same cases and landmarks.
+        output_dir: folder for the result.
+
+    Raises:
+        DatasetError: if a table cannot be read, or they are not of the same cases and landmarks.
+    """
+    runs = [read_landmarks(table) for table in tables]
+    for table, run in zip(tables, runs, strict=True):
+        if run.names != runs[0].names or list(run.case) != list(runs[0].case):
+            raise DatasetError(f"{table}: is not of the same cases and landmarks as {tables[0]}")
+    figures = [_figures(run.errors_mm, run.names, RADII_MM) for run in runs]
+    values = {name: np.array([one[name] for one in figures]) for name in figures[0]}
+    summary = {
+        name: {"mean": float(v.mean()), "standard_deviation": float(v.std()), "values": v.tolist()}
+        for name, v in values.items()
+    }
+    write_results(output_dir, {"trainings.json": summary})
+    return summary
+
+
 def radial_errors(predicted_mm: np.ndarray, reference_mm: np.ndarray) -> np.ndarray:
     """Return the distance of each landmark in mm, ``(cases, landmarks)``; NaN where the reference is NaN.
 

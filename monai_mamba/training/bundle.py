@@ -153,6 +153,50 @@ def start_from(network: torch.nn.Module, checkpoint: os.PathLike[str] | str | No
     return network
 
 
+def single_output(network: torch.nn.Module) -> torch.nn.Module:
+    """Switch the deep supervision of a network off; it keeps its heads, so that the weights of a training fit."""
+    decoder: Any = network.decoder
+    decoder.deep_supervision = False
+    return network
+
+
+def warmup_polynomial(
+    optimizer: torch.optim.Optimizer, max_epochs: int, warmup_epochs: int = 5, hold_epochs: int = 10, power: float = 2.0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return the schedule of the landmark network: a linear warm-up, then a polynomial in steps down to the end.
+
+    In epoch e (from 0) the rate is ``lr * (e + 1) / warmup_epochs`` while warming up, then
+    ``lr * (1 - s / (max_epochs - warmup_epochs)) ** power`` where s counts the epochs after the warm-up, held for
+    ``hold_epochs``.
+
+    Args:
+        optimizer: its learning rate is the highest one.
+        max_epochs: length of the training. The published code fixes it at 50 in the formula but trains for 80 epochs,
+            so that the base turns negative and the rate rises again from epoch 55 on; here it is the real length.
+        warmup_epochs: epochs of the warm-up; shortened to a quarter of a short training.
+        hold_epochs: the rate is constant for this many epochs; 1 for none, shortened like the warm-up.
+        power: of the polynomial.
+
+    References:
+        Training code of the LFC data set, used by nnMamba, arXiv:2402.03526, section 3.3.
+    """
+    if max_epochs < 1 or warmup_epochs < 0 or hold_epochs < 1:
+        raise ValueError(
+            "`max_epochs` and `hold_epochs` must be at least 1 and `warmup_epochs` at least 0, got "
+            f"{max_epochs}, {hold_epochs} and {warmup_epochs}"
+        )
+    warmup = min(warmup_epochs, max_epochs // 4)
+    hold = max(1, min(hold_epochs, (max_epochs - warmup) // 4))
+
+    def factor(epoch: int) -> float:
+        if epoch < warmup:
+            return (epoch + 1) / warmup
+        step = (epoch - warmup) // hold * hold
+        return max(0.0, 1 - step / (max_epochs - warmup)) ** power
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
 def _check_balance(balance: str) -> None:
     if balance not in BALANCE:
         raise ValueError(f"`balance` must be one of {', '.join(BALANCE)}, got {balance!r}")

@@ -10,15 +10,24 @@ The file is a MONAI data list with three sections and what is needed to trust it
       "test":       [...]
     }
 
-Files are relative to the folder. A study with two views has ``image1`` and ``image2``; a multi-label task has a list
-of 0 and 1 as ``label``, one per class; a segmentation has a label map's file as ``label``; landmarks are a list
-``[[x, y, z], ...]`` in ``landmarks_mm`` (world, RAS+) under the names in ``"landmarks"``. ``case`` defaults to the
-name of the first file and ``patient`` to ``case``. No patient may be in two sections. Without a section ``validation``
-the training cases of one ``fold`` validate.
+Files are relative to the folder. Several channels are a list of files. A study with two views has ``image1`` and
+``image2``. What a case is labeled with depends on the task:
+
+* classification: ``label`` is a class number, ``classes`` names them; several labels at once are a list of 0 and 1;
+* segmentation: ``label`` is the file of a label map, ``"labels": {"background": 0, "organ": 1}`` names its values;
+* landmarks: ``landmarks`` is a list ``[[x, y, z], ...]`` in mm (world, RAS+), null for one that the case does not have,
+  ``landmark_names`` names them.
+
+``case`` defaults to the name of the first file and ``patient`` to ``case``. No patient may be in two sections.
+
+The MONAI layout that ``monai-mamba-data`` writes is read as it is: ``testing`` is the test section, without a
+``validation`` section the training cases of one ``fold`` validate, and ``cases.csv`` beside the data list tells the
+cases and patients where the data list must not (segmentation, in Auto3DSeg's form).
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -31,6 +40,8 @@ import numpy as np
 from monai_mamba.errors import DatasetError
 
 MANIFEST = "datalist.json"
+#: Table of ``monai-mamba-data``, beside the data list.
+CASES = "cases.csv"
 SECTIONS = ("training", "validation", "test")
 #: Keys that hold file names; of two views, of volumes and of label maps.
 FILE_KEYS = ("image", "image1", "image2")
@@ -54,8 +65,14 @@ def read_manifest(dataset_dir: os.PathLike[str] | str) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DatasetError(f"{path}: is not valid JSON: {error}") from error
+    if isinstance(manifest, dict) and "testing" in manifest:
+        manifest.setdefault("test", manifest.pop("testing"))
     if not isinstance(manifest, dict) or not any(section in manifest for section in SECTIONS):
         raise DatasetError(f"{path}: must be an object with the sections {', '.join(SECTIONS)}")
+    for section in SECTIONS:
+        cases = manifest.get(section, [])
+        if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
+            raise DatasetError(f"{path}: `{section}` must be a list of cases")
     return manifest
 
 
@@ -63,23 +80,24 @@ def load_cases(
     dataset_dir: os.PathLike[str] | str,
     section: str,
     *,
+    fold: int = 0,
     on_corrupt: str = "error",
     limit: int | None = None,
-    fold: int = 0,
 ) -> list[dict[str, Any]]:
     """Return the cases of one section, with absolute file names.
 
     Args:
         dataset_dir: folder with a ``datalist.json``.
         section: ``"training"``, ``"validation"`` or ``"test"``.
+        fold: which training cases validate if there is no validation section and they carry a ``fold``.
         on_corrupt: ``"error"`` checks that files exist and leaves it to the transforms to stop at one that cannot be
             read; ``"drop"`` opens every file now and leaves out those that cannot be read, with a warning that counts
             and names them.
         limit: take only this many cases, evenly spaced over the section; for trials.
-        fold: without a section ``validation``, the training cases with this ``fold`` validate.
 
     Returns:
-        One dictionary per case with ``case``, ``patient``, the files and the label.
+        One dictionary per case with ``case``, ``patient``, the files and the label; ``landmarks`` as an array
+        ``(landmarks, 3)`` in mm with NaN for those that are missing.
 
     Raises:
         DatasetError: if a file is missing, a label is out of range or of the wrong kind, a class of the training
@@ -89,16 +107,22 @@ def load_cases(
         raise ValueError(f"`section` must be one of {', '.join(SECTIONS)}, got {section!r}")
     if on_corrupt not in CORRUPT_POLICIES:
         raise ValueError(f"`on_corrupt` must be one of {', '.join(CORRUPT_POLICIES)}, got {on_corrupt!r}")
-    manifest = read_manifest(dataset_dir)
+    manifest = _with_folds(read_manifest(dataset_dir), fold)
     source = Path(dataset_dir) / MANIFEST
-    sections = _sections(manifest, fold)
-    if not sections[section]:
+    if not manifest.get(section):
         raise DatasetError(f"{source}: the section `{section}` is missing or empty")
-    by_section = {name: [_complete(case, source, name) for case in sections[name]] for name in SECTIONS}
+    patients = _read_patients(Path(dataset_dir) / CASES)
+    by_section = {name: [_complete(c, source, name, patients) for c in manifest.get(name, [])] for name in SECTIONS}
     _check_leaks(by_section, source)
     cases = [_resolve(case, Path(dataset_dir), source) for case in by_section[section]]
-    if classes := manifest.get("classes"):
-        _check_labels(cases, classes, source, section)
+    if any(isinstance(case.get("label"), str) for case in cases):
+        structure_names(dataset_dir)
+    elif any("landmarks" in case for case in cases):
+        names = landmark_names(dataset_dir)
+        for case in cases:
+            case["landmarks"] = _read_landmarks(case, names, source)
+    elif "classes" in manifest or "labels" in manifest:
+        _check_labels(cases, class_names(dataset_dir), source, section)
     if on_corrupt == "drop":
         cases = _without_corrupt(cases, source)
     for case in cases:
@@ -107,17 +131,6 @@ def load_cases(
     if limit is not None and limit < len(cases):
         cases = [cases[i * len(cases) // limit] for i in range(limit)]
     return cases
-
-
-def _sections(manifest: dict[str, Any], fold: int) -> dict[str, list[Any]]:
-    """The three sections; ``testing`` is Auto3DSeg's name of the test section."""
-    sections = {name: list(manifest.get(name, [])) for name in SECTIONS}
-    sections["test"] = sections["test"] or list(manifest.get("testing", []))
-    if not sections["validation"]:
-        held_out = [isinstance(case, dict) and case.get("fold") == fold for case in sections["training"]]
-        sections["validation"] = [case for case, held in zip(sections["training"], held_out, strict=True) if held]
-        sections["training"] = [case for case, held in zip(sections["training"], held_out, strict=True) if not held]
-    return sections
 
 
 def list_inputs(dataset_dir: os.PathLike[str] | str, section: str = "test") -> list[dict[str, Any]]:
@@ -141,10 +154,26 @@ def class_names(dataset_dir: os.PathLike[str] | str) -> list[str]:
     Raises:
         DatasetError: if the data list names none.
     """
-    classes = read_manifest(dataset_dir).get("classes")
+    manifest = read_manifest(dataset_dir)
+    classes = manifest.get("classes")
+    if classes is None and isinstance(manifest.get("labels"), dict):
+        classes = _by_value(manifest["labels"], Path(dataset_dir) / MANIFEST)
     if not isinstance(classes, list) or not classes:
         raise DatasetError(f"{Path(dataset_dir) / MANIFEST}: `classes` must be a list of names")
     return [str(name) for name in classes]
+
+
+def structure_names(dataset_dir: os.PathLike[str] | str) -> list[str]:
+    """Return the names of the values of the label maps, ``background`` first.
+
+    Raises:
+        DatasetError: if the data list names none, or they are not 0, 1, 2, ...
+    """
+    path = Path(dataset_dir) / MANIFEST
+    labels = read_manifest(dataset_dir).get("labels")
+    if not isinstance(labels, dict) or len(labels) < 2:
+        raise DatasetError(f'{path}: `labels` must name the values of the label maps, {{"background": 0, "organ": 1}}')
+    return _by_value(labels, path)
 
 
 def landmark_names(dataset_dir: os.PathLike[str] | str) -> list[str]:
@@ -153,32 +182,95 @@ def landmark_names(dataset_dir: os.PathLike[str] | str) -> list[str]:
     Raises:
         DatasetError: if the data list names none.
     """
-    names = read_manifest(dataset_dir).get("landmarks")
+    names = read_manifest(dataset_dir).get("landmark_names")
     if not isinstance(names, list) or not names:
-        raise DatasetError(f"{Path(dataset_dir) / MANIFEST}: `landmarks` must be a list of names")
+        raise DatasetError(f"{Path(dataset_dir) / MANIFEST}: `landmark_names` must be a list of names")
     return [str(name) for name in names]
 
 
-def _complete(case: Any, source: Path, section: str) -> dict[str, Any]:
-    files = [key for key in FILE_KEYS if isinstance(case, dict) and key in case]
-    if not files:
+def _by_value(labels: dict[str, Any], path: Path) -> list[str]:
+    if any(isinstance(value, list) for value in labels.values()):
+        raise DatasetError(f"{path}: `labels` holds regions of several values; train those with nnU-Net")
+    names = sorted(labels, key=lambda name: str(labels[name]).zfill(9))
+    if [labels[name] for name in names] != list(range(len(names))):
+        raise DatasetError(f"{path}: the values of `labels` must be 0, 1, 2, ... without a gap, got {labels}")
+    return names
+
+
+def _with_folds(manifest: dict[str, Any], fold: int) -> dict[str, Any]:
+    training = manifest.get("training", [])
+    if manifest.get("validation") or not any("fold" in case for case in training):
+        return manifest
+    folds = sorted({case["fold"] for case in training if "fold" in case})
+    if fold not in folds:
+        raise ValueError(f"`fold` must be one of {', '.join(map(str, folds))}, got {fold}")
+    return {
+        **manifest,
+        "training": [case for case in training if case.get("fold") != fold],
+        "validation": [case for case in training if case.get("fold") == fold],
+    }
+
+
+def _read_patients(path: Path) -> dict[str, str]:
+    """Case to patient, from the table of ``monai-mamba-data``; empty without one."""
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return {row["case"]: row["patient"] for row in csv.DictReader(file)}
+    except (KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{path}: must have the columns `case` and `patient`: {error}") from error
+
+
+def _complete(case: dict[str, Any], source: Path, section: str, patients: dict[str, str]) -> dict[str, Any]:
+    case = dict(case)
+    files = [file for key in FILE_KEYS if key in case for file in _listed(case[key])]
+    if not files or not all(isinstance(file, str) for file in files):
         raise DatasetError(f"{source}: a case of `{section}` has no `image` (nor `image1` and `image2`): {case!r:.200}")
-    case = {"case": Path(case[files[0]]).name.split(".")[0], **case}
-    return {"patient": case["case"], **case}
+    stem = Path(files[0]).name.split(".")[0]
+    if patients and "case" not in case:
+        # Files are called CASE or CASE_0000.
+        known = [stem[:end] for end in range(len(stem), 0, -1) if stem[end : end + 1] in ("", "_")]
+        stem = next((name for name in known if name in patients), stem)
+    name = str(case.get("case", stem))
+    return {**case, "case": name, "patient": str(case.get("patient", patients.get(name, name)))}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _resolve(case: dict[str, Any], folder: Path, source: Path) -> dict[str, Any]:
+    def resolve(key: str, name: str) -> str:
+        path = folder / name
+        # A data list comes from outside: it may only name files of its own folder.
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise DatasetError(f"{source}: case {case['case']}: `{key}` leaves the folder: {name}")
+        if not path.is_file():
+            raise DatasetError(f"{source}: case {case['case']}: {path} does not exist")
+        return str(path)
+
     resolved = dict(case)
     keys = [key for key in FILE_KEYS if key in case] + (["label"] if isinstance(case.get("label"), str) else [])
     for key in keys:
-        path = folder / case[key]
-        # A data list comes from outside: it may only name files of its own folder.
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise DatasetError(f"{source}: case {case['case']}: `{key}` leaves the folder: {case[key]}")
-        if not path.is_file():
-            raise DatasetError(f"{source}: case {case['case']}: {path} does not exist")
-        resolved[key] = str(path)
+        paths = [resolve(key, name) for name in _listed(case[key])]
+        resolved[key] = paths if isinstance(case[key], list) else paths[0]
     return resolved
+
+
+def _read_landmarks(case: dict[str, Any], names: list[str], source: Path) -> np.ndarray:
+    points = case.get("landmarks")
+    is_whole = isinstance(points, list) and len(points) == len(names)
+    try:
+        rows = [[np.nan] * 3 if point is None else [float(x) for x in point] for point in points or []]
+    except (TypeError, ValueError):
+        rows, is_whole = [], False
+    if not is_whole or any(len(row) != 3 or np.isinf(row).any() for row in rows):
+        raise DatasetError(
+            f"{source}: case {case['case']}: `landmarks` must be {len(names)} points [x, y, z] in mm, or null for one "
+            f"that the case does not have, got {points!r:.120}"
+        )
+    return np.asarray(rows, dtype=np.float64)
 
 
 def _check_leaks(by_section: dict[str, list[dict[str, Any]]], source: Path) -> None:
@@ -209,13 +301,13 @@ def _check_labels(cases: list[dict[str, Any]], classes: list[str], source: Path,
                 counts[index] += value
         elif isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(classes):
             counts[label] += 1
-        elif not isinstance(label, str):
+        else:
             raise DatasetError(
                 f"{source}: case {case['case']}: `label` must be a whole number from 0 to {len(classes) - 1}, "
                 f"got {label!r}"
             )
     empty = [classes[index] for index, count in counts.items() if count == 0]
-    if section == "training" and empty and not isinstance(cases[0].get("label"), str):
+    if section == "training" and empty:
         raise DatasetError(f"{source}: no case of `training` is of the class {', '.join(empty)}")
 
 
@@ -226,9 +318,10 @@ def _without_corrupt(cases: list[dict[str, Any]], source: Path) -> list[dict[str
     kept, dropped = [], []
     for case in cases:
         try:
-            for key in FILE_KEYS:
-                if key in case:
-                    readers[case[key].lower().endswith(PICTURES)](case[key])
+            for key in (*FILE_KEYS, "label"):
+                for path in _listed(case.get(key)):
+                    if isinstance(path, str):
+                        readers[path.lower().endswith(PICTURES)](path)
             kept.append(case)
         except DatasetError as error:
             dropped.append(str(error))

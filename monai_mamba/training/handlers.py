@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from ignite.metrics import Metric
 from monai.data.utils import set_rnd
 from torch import nn
 
 from monai_mamba.errors import CheckpointError, RunError
-from monai_mamba.files import whole_file, write_text
+from monai_mamba.files import case_file, whole_file, write_text
 from monai_mamba.training.bundle import MODEL_CARD, rank, seed_everything
+from monai_mamba.training.landmark_files import FoundLandmarks, write_landmark_table, write_markups
 from monai_mamba.training.outputs import class_probabilities
 
 logger = logging.getLogger(__name__)
@@ -285,3 +287,97 @@ class PredictionWriter:
             writer.writeheader()
             writer.writerows(self._rows)
         logger.info("wrote %d predictions to %s", len(self._rows), self.path)
+
+
+class MeanRadialError(Metric):
+    """Mean distance of all landmarks from their references in mm, of the ``error_mm`` that `HeatMapsToLandmarksd` made.
+
+    Landmarks without a reference (NaN) do not count; without any the value is NaN.
+
+    Args:
+        output_transform: to the list of errors ``(landmarks,)`` of the cases, MONAI's ``from_engine("error_mm")``.
+    """
+
+    def __init__(self, output_transform: Any) -> None:
+        super().__init__(output_transform)
+
+    def reset(self) -> None:
+        self._errors: list[torch.Tensor] = []
+
+    def update(self, output: Sequence[torch.Tensor]) -> None:
+        self._errors.extend(torch.as_tensor(error).flatten().cpu() for error in output)
+
+    def compute(self) -> float:
+        errors = torch.cat(self._errors) if self._errors else torch.empty(0)
+        return float(errors[~errors.isnan()].mean())
+
+
+class SingleOutput:
+    """Switch deep supervision off while an evaluator runs, so that the network returns one map, and on again after it.
+
+    Args:
+        network: a network with ``decoder.deep_supervision``, also one wrapped by ``DistributedDataParallel``.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network: Any = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._switch, False)
+        engine.add_event_handler(Events.COMPLETED, self._switch, True)
+
+    def _switch(self, enabled: bool) -> None:
+        if len(self.network.decoder.seg_layers) > 1:
+            self.network.decoder.deep_supervision = enabled
+
+
+class LandmarkWriter:
+    """Write the landmarks an evaluator finds: one table, and per case a file of markups for 3D Slicer.
+
+    Args:
+        folder: gets ``landmarks.csv`` (`monai_mamba.evaluation.landmarks` reads it) and ``<case>.mrk.json``.
+        names: of the landmarks in the order of the outputs.
+        markups: write the files of markups too.
+        table: name of the table.
+    """
+
+    def __init__(
+        self, folder: os.PathLike[str] | str, names: Sequence[str], markups: bool = True, table: str = "landmarks.csv"
+    ) -> None:
+        self.folder = Path(folder)
+        self.names = list(names)
+        self.markups = markups
+        self.table = table
+        self._cases: list[FoundLandmarks] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda: self._cases.clear())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _collect(self, engine: Engine) -> None:
+        batch: Any = engine.state.batch
+        output: Any = engine.state.output
+        for case, found in zip(batch, output, strict=True):
+            if len(found["pred_mm"]) != len(self.names):
+                raise RunError(
+                    f"the network has {len(found['pred_mm'])} outputs, the data set {len(self.names)} landmarks"
+                )
+            reference = case.get("landmarks")
+            self._cases.append(
+                FoundLandmarks(
+                    case=str(case["case"]),
+                    patient=str(case["patient"]),
+                    position_mm=found["pred_mm"].numpy(),
+                    peak=found["peak"].numpy(),
+                    reference_mm=None if reference is None else torch.as_tensor(reference).cpu().numpy(),
+                )
+            )
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_landmark_table(self.folder / self.table, self.names, self._cases)
+        if self.markups:
+            for found in self._cases:
+                write_markups(case_file(self.folder, found.case, ".mrk.json"), self.names, found.position_mm)
+        logger.info("wrote the landmarks of %d cases to %s", len(self._cases), self.folder / self.table)

@@ -1,4 +1,4 @@
-"""Transforms that MONAI does not have: pictures as the papers read them, and AutoAugment.
+"""Transforms that MONAI does not have: pictures as the papers read them, AutoAugment, checks of label maps, heat maps.
 
 Everything else in the bundles is MONAI's own.
 """
@@ -16,6 +16,14 @@ from monai.transforms import MapTransform
 from PIL import Image
 
 from monai_mamba.errors import DatasetError
+from monai_mamba.heat_maps import (
+    AMPLITUDE,
+    SIGMA_VOX,
+    decode_heat_maps,
+    gaussian_heat_maps,
+    voxel_to_world,
+    world_to_voxel,
+)
 
 AUTO_AUGMENT_POLICIES = ("none", "imagenet", "cifar10", "svhn")
 
@@ -137,4 +145,171 @@ class OneHotLabeld(MapTransform):
             elif not self.multi_label:
                 label = torch.nn.functional.one_hot(label.long(), self.num_classes)
             result[key] = label.float()
+        return result
+
+
+class CheckLabelMapd(MapTransform):
+    """Refuse label maps that do not belong to their image or hold values that the data set does not name.
+
+    Args:
+        keys: keys with label maps ``(1, *spatial)``.
+        num_classes: values are 0 to ``num_classes - 1``.
+        image_key: the image, on whose grid the label map must lie to 0.01 mm.
+
+    Raises:
+        DatasetError: naming the case and the file.
+    """
+
+    def __init__(self, keys: KeysCollection = "label", num_classes: int = 2, image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.num_classes = num_classes
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        for key in self.key_iterator(dict(data)):
+            label, image = data[key], data[self.image_key]
+            file = label.meta.get("filename_or_obj", "") if hasattr(label, "meta") else ""
+            where = f"case {data.get('case')}: {file}"
+            if label.shape[1:] != image.shape[1:]:
+                raise DatasetError(
+                    f"{where}: has {tuple(label.shape[1:])} voxels, its image {tuple(image.shape[1:])}; they must "
+                    "lie on one grid"
+                )
+            if hasattr(label, "affine") and hasattr(image, "affine"):
+                corners = (
+                    np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
+                    * ([size - 1 for size in (*image.shape[1:], 1, 1)][:3])
+                )
+                places = [voxel_to_world(corners, np.asarray(x.affine, dtype=np.float64)) for x in (label, image)]
+                distance = np.linalg.norm(places[0] - places[1], axis=1).max()
+                if not distance <= 0.01:
+                    raise DatasetError(f"{where}: lies up to {distance:.3g} mm away from its image")
+            values = torch.unique(torch.as_tensor(label))
+            wrong = [v for v in values.tolist() if v != int(v) or not 0 <= v < self.num_classes]
+            if wrong:
+                raise DatasetError(
+                    f"{where}: holds the value {wrong[0]:g}; the data list names 0 to {self.num_classes - 1}"
+                )
+        return dict(data)
+
+
+class PositiveWindowd(MapTransform):
+    """Clip to the mean plus and minus some standard deviations of the positive voxels; scale that window to 0..255.
+
+    Args:
+        keys: keys with images.
+        num_deviations: half of the width of the window.
+
+    References:
+        Preprocessing of the LFC data set, used by nnMamba, arXiv:2402.03526, section 3.3.
+    """
+
+    def __init__(self, keys: KeysCollection = "image", num_deviations: float = 2.0) -> None:
+        super().__init__(keys)
+        if num_deviations <= 0:
+            raise ValueError(f"`num_deviations` must be positive, got {num_deviations}")
+        self.num_deviations = num_deviations
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            image = result[key]
+            positive = image[image > 0]
+            if positive.numel() < 2 or float(positive.std()) == 0:
+                raise DatasetError(f"case {result.get('case')}: the image has no positive voxels that differ")
+            low = float(positive.mean() - self.num_deviations * positive.std())
+            high = float(positive.mean() + self.num_deviations * positive.std())
+            result[key] = (image.clamp(low, high) - low) * (255.0 / (high - low))
+        return result
+
+
+class KeepAffined(MapTransform):
+    """Keep where the voxels of an image lie, ``(4, 4)`` to world coordinates in mm (RAS+), under a key of its own.
+
+    Args:
+        keys: the image; after this transform its metadata may be dropped.
+        name: the new key.
+    """
+
+    def __init__(self, keys: KeysCollection = "image", name: str = "affine") -> None:
+        super().__init__(keys)
+        self.name = name
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[self.name] = torch.as_tensor(np.asarray(result[key].affine, dtype=np.float64))
+        return result
+
+
+class LandmarksToHeatMapsd(MapTransform):
+    """Make the heat maps ``(landmarks, *spatial)`` of a case's landmarks on the grid of its image.
+
+    Args:
+        keys: key with landmarks ``(landmarks, 3)`` in mm (RAS+), NaN for a landmark that is missing.
+        name: key of the heat maps.
+        image_key: the image, whose size is taken.
+        affine_key: voxels to mm, see :class:`KeepAffined`.
+        sigma_vox, amplitude: of the Gaussians.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "landmarks",
+        name: str = "label",
+        image_key: str = "image",
+        affine_key: str = "affine",
+        sigma_vox: float = SIGMA_VOX,
+        amplitude: float = AMPLITUDE,
+    ) -> None:
+        super().__init__(keys)
+        self.name = name
+        self.image_key = image_key
+        self.affine_key = affine_key
+        self.sigma_vox = sigma_vox
+        self.amplitude = amplitude
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            voxels = world_to_voxel(np.asarray(result[key]), np.asarray(result[self.affine_key]))
+            size = tuple(result[self.image_key].shape[1:])
+            result[self.name] = gaussian_heat_maps(voxels, size, self.sigma_vox, self.amplitude)
+        return result
+
+
+class HeatMapsToLandmarksd(MapTransform):
+    """Decode heat maps, as postprocessing: ``pred_mm`` and ``peak``, and ``error_mm`` where a reference is known.
+
+    Args:
+        keys: key with heat maps ``(landmarks, *spatial)``.
+        window: 0 takes the voxel of the maximum (published), else fractions of a voxel are resolved, see
+            :func:`~monai_mamba.heat_maps.decode_heat_maps`.
+        affine_key: voxels to mm.
+        reference_key: landmarks in mm, if the case has them.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "pred",
+        window: int = 0,
+        affine_key: str = "affine",
+        reference_key: str = "landmarks",
+    ) -> None:
+        super().__init__(keys)
+        self.window = window
+        self.affine_key = affine_key
+        self.reference_key = reference_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            heat_maps = torch.as_tensor(result[key])
+            voxels = decode_heat_maps(heat_maps, self.window)
+            world = voxel_to_world(voxels, np.asarray(torch.as_tensor(result[self.affine_key]).cpu()))
+            result["pred_mm"] = torch.from_numpy(world)
+            result["peak"] = heat_maps.flatten(1).amax(1).float().cpu()
+            if self.reference_key in result:
+                reference = torch.as_tensor(result[self.reference_key]).cpu().double()
+                result["error_mm"] = torch.linalg.vector_norm(result["pred_mm"] - reference, dim=-1)
         return result
