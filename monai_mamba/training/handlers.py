@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
@@ -381,3 +382,48 @@ class LandmarkWriter:
             for found in self._cases:
                 write_markups(case_file(self.folder, found.case, ".mrk.json"), self.names, found.position_mm)
         logger.info("wrote the landmarks of %d cases to %s", len(self._cases), self.folder / self.table)
+
+
+class LabelMapWriter:
+    """Write the label maps an evaluator finds as ``<case>.nii.gz``, on the grid of the image file.
+
+    The header holds the grid and nothing else of the image's. The evaluator's postprocessing must have turned the
+    logits into a label map ``(1, *spatial)`` on the grid of the file (MONAI's ``Invertd`` and ``AsDiscreted``).
+
+    Args:
+        folder: gets one file per case, whole or not at all.
+    """
+
+    def __init__(self, folder: os.PathLike[str] | str) -> None:
+        self.folder = Path(folder)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
+
+    def _write(self, engine: Engine) -> None:
+        batch: Any = engine.state.batch
+        output: Any = engine.state.output
+        for case, found in zip(batch, output, strict=True):
+            write_label_map(case_file(self.folder, str(case["case"]), ".nii.gz"), found["pred"])
+
+
+def write_label_map(path: os.PathLike[str] | str, label_map: Any) -> None:
+    """Write a label map ``(1, *spatial)`` with an affine (MONAI's ``MetaTensor``) as NIfTI.
+
+    Raises:
+        RunError: if it does not lie on the grid of the file its image came from.
+    """
+    from data_prep.nifti import write_nifti
+
+    wanted = tuple(int(n) for n in np.ravel(label_map.meta.get("spatial_shape", label_map.shape[1:])))[:3]
+    if label_map.shape[0] != 1 or tuple(label_map.shape[1:]) != wanted:
+        raise RunError(f"{path}: the label map has the shape {tuple(label_map.shape)}, the image {wanted}")
+    affine = np.asarray(label_map.affine.cpu(), dtype=np.float64)
+    original = label_map.meta.get("original_affine")
+    if original is not None:
+        original = np.asarray(original, dtype=np.float64)
+        if not np.abs(affine - original).max() <= 1e-3:
+            raise RunError(f"{path}: the label map did not come back to the grid of its image")
+        affine = original  # without the rounding of the way there and back
+    with whole_file(path) as temporary:
+        write_nifti(temporary, np.asarray(label_map[0].cpu()).astype(np.uint8), affine)

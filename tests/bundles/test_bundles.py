@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import csv
 import json
 import shutil
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow, ckpt_export, verify_net_in_out
@@ -23,12 +26,14 @@ SMALL = {
         "image_size": [16, 24, 16],
         "limit": 8,
     },
+    "nnmamba_seg": {"network_def#num_blocks": 2, "patch_size": [16, 32, 16], "limit": 4, "lr": 0.01},
+    "nnmamba_landmark": {"network_def#num_blocks": 2, "image_size": [16, 24, 16], "limit": 8},
     "medmamba": {"network_def#depths": [1, 1], "network_def#dims": 8, "image_size": 32, "batch_size": 8, "limit": 24},
     "xfmamba": {"network_def#depths": [1, 1], "network_def#dims": 16, "image_size": 32, "batch_size": 8, "limit": 24},
 }
 BUNDLES = sorted(path.name for path in ROOT.iterdir() if (path / "configs").is_dir())
+CLASSIFIERS = ["medmamba", "nnmamba_adni", "xfmamba"]
 SAMPLE_CLASSES = {"nnmamba_adni": ("larger", "smaller")}
-NETWORK = ("network_def#depths", "network_def#dims", "network_def#init_filters", "network_def#num_blocks")
 #: What `_target_` may name: MONAI's own short names have no dot.
 TARGETS = ("monai_mamba.", "monai.", "torch.", "ignite.")
 #: Names that expressions may use besides references; no imports, no lambdas, no comprehensions.
@@ -125,7 +130,24 @@ def run(bundle: Path, *configs: str, small: bool = True, **override) -> ConfigWo
 
 
 def only_network(bundle: Path) -> dict:
-    return {key: value for key, value in SMALL[bundle.name].items() if key in NETWORK}
+    """The overrides of the network, by their ids in ``inference.json``."""
+    small = {key: value for key, value in SMALL[bundle.name].items() if key.startswith("network_def#")}
+    if bundle.name == "nnmamba_seg":
+        return {key.replace("network_def#", "network_def#network#"): value for key, value in small.items()}
+    return small
+
+
+def infer(bundle: Path, **override) -> ConfigWorkflow:
+    workflow = ConfigWorkflow(
+        config_file="configs/inference.json",
+        workflow_type="infer",
+        logging_file=False,
+        **{**only_network(bundle), **override},
+    )
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    return workflow
 
 
 @every_bundle
@@ -161,14 +183,13 @@ def test_training_evaluation_inference_and_export(bundle):
     run(bundle, "train", "evaluate", max_epochs=1, num_draws=20)
     metrics = json.loads((bundle / "eval" / "metrics.json").read_text())
     assert metrics["cases"] == SMALL[bundle.name]["limit"]
-    assert 0 <= metrics["metrics"]["auc"]["low"] <= metrics["metrics"]["auc"]["high"] <= 1
+    inference = infer(bundle)
+    CHECKS.get(bundle.name, check_classifier)(bundle, metrics)
+    check_export(bundle, inference.network_def.eval())
 
-    network = only_network(bundle)
-    inference = ConfigWorkflow(
-        config_file="configs/inference.json", workflow_type="infer", logging_file=False, limit=24, **network
-    )
-    inference.initialize()
-    inference.run()
+
+def check_classifier(bundle: Path, metrics: dict) -> None:
+    assert 0 <= metrics["metrics"]["auc"]["low"] <= metrics["metrics"]["auc"]["high"] <= 1
     rows = (bundle / "predictions" / "predictions.csv").read_text().splitlines()
     first, second = SAMPLE_CLASSES.get(bundle.name, ("malignant", "benign"))
     assert rows[0] == f"case,patient,label,prob_{first},prob_{second}"
@@ -179,27 +200,64 @@ def test_training_evaluation_inference_and_export(bundle):
         mine, theirs = (([float(v) for v in line.split(",")[3:]]) for line in (row, by_case[row.split(",")[0]]))
         assert mine == pytest.approx(theirs, abs=1e-5)
 
-    ckpt_export(
-        net_id="network_def",
-        filepath=str(bundle / "models" / "model.ts"),
-        ckpt_file=str(bundle / "models" / "model.pt"),
-        meta_file="configs/metadata.json",
-        config_file="configs/inference.json",
-        use_trace=True,
-        **network,
+
+def check_landmarks(bundle: Path, metrics: dict) -> None:
+    assert metrics["landmarks"] == ["anterior center", "posterior center", "border center"]
+    assert 0 < metrics["metrics"]["mre_mm"]["low"] <= metrics["metrics"]["mre_mm"]["high"]
+    mine, theirs = (
+        {(row["case"], row["landmark"]): [float(row[f"{axis}_mm"]) for axis in "xyz"] for row in csv.DictReader(file)}
+        for file in (open(bundle / "eval" / "test.csv"), open(bundle / "predictions" / "landmarks.csv"))
     )
-    scripted = torch.jit.load(str(bundle / "models" / "model.ts"))
+    assert len(theirs) == 3 * 16
+    assert all(theirs[key] == position for key, position in mine.items())
+    case, landmark = next(iter(mine))
+    markups = json.loads((bundle / "predictions" / f"{case}.mrk.json").read_text())["markups"][0]
+    assert markups["coordinateSystem"] == "RAS"
+    points = {point["label"]: point["position"] for point in markups["controlPoints"]}
+    assert points[landmark] == pytest.approx(mine[case, landmark], abs=1e-3)
+
+
+def check_segmentation(bundle: Path, metrics: dict) -> None:
+    assert set(metrics["per_structure"]) == {"anterior", "posterior"}
+    predictions = sorted((bundle / "predictions").glob("*.nii.gz"))
+    assert len(predictions) == 8
+    for path in predictions:
+        image = nib.load(bundle / "sample_data" / "hippocampus" / "images" / path.name)
+        found = nib.load(path)
+        assert found.shape == image.shape
+        np.testing.assert_array_equal(found.affine, image.affine)
+        assert set(np.unique(found.dataobj)) <= {0, 1, 2}
+    for path in (bundle / "eval" / "test").glob("*.nii.gz"):
+        same = bundle / "predictions" / path.name
+        np.testing.assert_array_equal(np.asarray(nib.load(path).dataobj), np.asarray(nib.load(same).dataobj))
+
+
+CHECKS = {"nnmamba_landmark": check_landmarks, "nnmamba_seg": check_segmentation}
+
+
+def check_export(bundle: Path, eager: torch.nn.Module) -> None:
+    arguments = {
+        "net_id": "network_def",
+        "ckpt_file": str(bundle / "models" / "model.pt"),
+        "meta_file": "configs/metadata.json",
+        "config_file": "configs/inference.json",
+        **only_network(bundle),
+    }
     inputs = load(bundle.name, "metadata")["network_data_format"]["inputs"]["image"]
     image = torch.randn(2, inputs["num_channels"], *inputs["spatial_shape"])
-    eager = inference.network_def.eval()
     with torch.no_grad():
-        torch.testing.assert_close(scripted(image), eager(image), atol=1e-5, rtol=1e-5)
+        expected = eager(image)
+    ckpt_export(filepath=str(bundle / "models" / "model.ts"), use_trace=True, **arguments)
+    scripted = torch.jit.load(str(bundle / "models" / "model.ts"))
+    with torch.no_grad():
+        torch.testing.assert_close(scripted(image), expected, atol=1e-5, rtol=1e-5)
 
 
 @every_bundle
 def test_resumed_training_equals_an_uninterrupted_one(bundle):
     run(bundle, "train", max_epochs=3, ckpt_dir=str(bundle / "whole"))
-    run(bundle, "train", max_epochs=2, ckpt_dir=str(bundle / "parts"))
+    # Schedules may depend on `max_epochs`, so the interrupted run is one of three epochs too.
+    run(bundle, "train", max_epochs=3, ckpt_dir=str(bundle / "parts"), **{"train#trainer#max_epochs": 2})
     torch.rand(7)  # whatever else draws from the generators in between
     run(bundle, "train", max_epochs=3, ckpt_dir=str(bundle / "parts"), resume=True)
     whole, parts = (torch.load(bundle / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
@@ -211,6 +269,7 @@ def test_resumed_training_equals_an_uninterrupted_one(bundle):
     )
     for name, tensor in whole["network"].items():
         assert torch.equal(tensor, parts["network"][name]), name
+    assert whole["optimizer"]["state"]
     for key, state in whole["optimizer"]["state"].items():
         assert torch.equal(state["exp_avg"], parts["optimizer"]["state"][key]["exp_avg"])
     assert whole["lr_scheduler"]["last_epoch"] == parts["lr_scheduler"]["last_epoch"]
@@ -223,7 +282,7 @@ def cause(error: BaseException | None, kind: type[BaseException]) -> BaseExcepti
     return error
 
 
-@pytest.mark.parametrize("bundle", ["medmamba"], indirect=True)
+@pytest.mark.parametrize("bundle", ["medmamba", "nnmamba_seg"], indirect=True)
 def test_refusals_name_what_is_wrong(bundle):
     with pytest.raises(Exception) as caught:
         run(bundle, "train", max_epochs=1, resume=True)
