@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
@@ -23,6 +22,7 @@ from torch import nn
 from monai_mamba.errors import CheckpointError, RunError
 from monai_mamba.files import case_file, whole_file, write_text
 from monai_mamba.training.bundle import MODEL_CARD, rank, seed_everything
+from monai_mamba.training.label_maps import write_label_map
 from monai_mamba.training.landmark_files import FoundLandmarks, write_landmark_table, write_markups
 from monai_mamba.training.outputs import class_probabilities
 
@@ -405,25 +405,3 @@ class LabelMapWriter:
         output: Any = engine.state.output
         for case, found in zip(batch, output, strict=True):
             write_label_map(case_file(self.folder, str(case["case"]), ".nii.gz"), found["pred"])
-
-
-def write_label_map(path: os.PathLike[str] | str, label_map: Any) -> None:
-    """Write a label map ``(1, *spatial)`` with an affine (MONAI's ``MetaTensor``) as NIfTI.
-
-    Raises:
-        RunError: if it does not lie on the grid of the file its image came from.
-    """
-    from data_prep.nifti import write_nifti
-
-    wanted = tuple(int(n) for n in np.ravel(label_map.meta.get("spatial_shape", label_map.shape[1:])))[:3]
-    if label_map.shape[0] != 1 or tuple(label_map.shape[1:]) != wanted:
-        raise RunError(f"{path}: the label map has the shape {tuple(label_map.shape)}, the image {wanted}")
-    affine = np.asarray(label_map.affine.cpu(), dtype=np.float64)
-    original = label_map.meta.get("original_affine")
-    if original is not None:
-        original = np.asarray(original, dtype=np.float64)
-        if not np.abs(affine - original).max() <= 1e-3:
-            raise RunError(f"{path}: the label map did not come back to the grid of its image")
-        affine = original  # without the rounding of the way there and back
-    with whole_file(path) as temporary:
-        write_nifti(temporary, np.asarray(label_map[0].cpu()).astype(np.uint8), affine)

@@ -1,6 +1,6 @@
 """Files of landmarks that were found: one table for `monai_mamba.evaluation`, markups for 3D Slicer.
 
-The table has the columns that `monai_mamba.evaluation.landmarks` reads, and ``peak``, the largest value of the heat map,
+The table has the columns that `monai_mamba.evaluation.landmarks` reads, ``peak``, the largest value of the heat map,
 and ``error_mm``. The columns of the reference are empty for a landmark that a case does not have.
 """
 

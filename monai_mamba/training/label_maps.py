@@ -1,0 +1,77 @@
+"""Files of label maps: what a network found, on the grid of its image, and the references beside it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from monai_mamba.errors import DatasetError, RunError
+from monai_mamba.files import case_file, copy_file, whole_file, write_text
+
+
+def write_label_map(path: os.PathLike[str] | str, label_map: Any) -> None:
+    """Write a label map ``(1, *spatial)`` with an affine (MONAI's ``MetaTensor``) as NIfTI.
+
+    Raises:
+        RunError: if it does not lie on the grid of the file its image came from.
+    """
+    from data_prep.nifti import write_nifti
+
+    wanted = tuple(int(n) for n in np.ravel(label_map.meta.get("spatial_shape", label_map.shape[1:])))[:3]
+    if label_map.shape[0] != 1 or tuple(label_map.shape[1:]) != wanted:
+        raise RunError(f"{path}: the label map has the shape {tuple(label_map.shape)}, the image {wanted}")
+    affine = np.asarray(label_map.affine.cpu(), dtype=np.float64)
+    original = label_map.meta.get("original_affine")
+    if original is not None:
+        original = np.asarray(original, dtype=np.float64)
+        if not np.abs(affine - original).max() <= 1e-3:
+            raise RunError(f"{path}: the label map did not come back to the grid of its image")
+        affine = original  # without the rounding of the way there and back
+    with whole_file(path) as temporary:
+        write_nifti(temporary, np.asarray(label_map[0].cpu()).astype(np.uint8), affine)
+
+
+def gather_references(
+    cases: Sequence[dict[str, Any]], structures: Sequence[str], folder: os.PathLike[str] | str
+) -> None:
+    """Copy the label maps of cases into one folder under the names of the cases, as ``monai-mamba evaluate`` wants it.
+
+    ``dataset.json`` names the structures, ``cases.csv`` the patients. What an earlier call left is replaced.
+
+    Args:
+        cases: cases of `monai_mamba.training.datalist.load_cases` with ``label``.
+        structures: names of the label values, background first.
+        folder: for ``<case>.nii.gz``.
+
+    Raises:
+        DatasetError: if a label map is no NIfTI file.
+    """
+    folder = Path(folder)
+    if (folder / "dataset.json").is_file() and (folder / "cases.csv").is_file():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        target = case_file(folder, str(case["case"]), ".nii.gz")
+        if str(case["label"]).endswith(".nii.gz"):
+            copy_file(case["label"], target)
+        elif str(case["label"]).endswith(".nii"):
+            with whole_file(target) as temporary:
+                nib.save(nib.Nifti1Image.from_filename(case["label"]), temporary)
+        else:
+            raise DatasetError(f"{case['label']}: label maps must be NIfTI files (.nii or .nii.gz)")
+    write_text(
+        folder / "dataset.json",
+        json.dumps({"labels": {name: value for value, name in enumerate(structures)}, "file_ending": ".nii.gz"}),
+    )
+    with whole_file(folder / "cases.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["case", "patient"])
+        writer.writerows([case["case"], case["patient"]] for case in cases)
