@@ -30,13 +30,21 @@ class Report:
     def num_failed(self) -> int:
         return sum(kind["failed"] for kind in self.counts.values())
 
-    def csv(self, shown: Mapping[str, str] | None = None) -> str:
-        """As CSV; `shown` replaces tree paths by the names for the public."""
+    def csv(self, shown: Mapping[str, str] | None = None, is_personal: bool = False) -> str:
+        """As CSV; `shown` replaces tree paths by the names for the public.
+
+        Numbers of rows would lead anyone who has the table to the person, and so would the order of the inputs; for
+        personal sources both are left out.
+        """
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
-        for kind, path, *rest in self.rows:
-            writer.writerow([kind, path if shown is None or kind == "case" else shown[path], *rest])
+        rows = [
+            [kind, path if shown is None or kind == "case" else shown[path],
+             "" if is_personal and kind in ("row", "item") else item, *rest]
+            for kind, path, item, *rest in self.rows
+        ]  # fmt: skip
+        writer.writerows(sorted(rows) if is_personal else rows)
         return text.getvalue()
 
     def json(self, plan: Plan, versions: Mapping[str, str]) -> str:

@@ -134,7 +134,7 @@ def finish(plan: Plan, out: Path, private: Path) -> Report:
     ]
     documents = plan.layout_object.documents(plan.description, made)
     documents[MANIFEST] = "".join(_manifest_line(one, records[one.entry.name]) for one in made)
-    documents["report.csv"] = report.csv(plan.shown)
+    documents["report.csv"] = report.csv(plan.shown, plan.is_personal)
     documents["report.json"] = report.json(plan, tool_versions())
     for path, text in documents.items():
         write_whole(out / path, text)

@@ -109,6 +109,8 @@ def _make(task: dict[str, Any], work: Path) -> dict[str, Any]:
             record["grid"] = outcome.grid.to_json()
         if outcome.labels is not None:
             record["labels"] = list(outcome.labels)
+        if outcome.record:
+            record["processing"] = list(outcome.record)
         files.append(record)
     for temporary, final, outcome in outcomes:
         if outcome.linked is None:

@@ -51,6 +51,7 @@ class Outcome:
         labels: values found in a label map.
         is_resampled: the voxels were interpolated onto another grid, which the user asked for.
         notes: what else was done to the data; no identity.
+        record: numbers of what was done, for the manifest; no identity.
         linked: the input that stands for the output when nothing was written (link ``dataset-json``).
     """
 
@@ -58,6 +59,7 @@ class Outcome:
     labels: tuple[int, ...] | None = None
     is_resampled: bool = False
     notes: tuple[str, ...] = ()
+    record: tuple[Json, ...] = ()
     linked: Path | None = None
 
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import typer
 
 from data_prep.book import Book
 from data_prep.errors import DatasetError, UsageError
 from data_prep.model import Case, Description, Form, Make, Ref, Source
+from data_prep.preparation import IntensityOptions, prepare
 from data_prep.tree import Tree
 
 
 @dataclass(frozen=True)
-class Decathlon(Source):
+class Decathlon(IntensityOptions, Source):
     """Medical Segmentation Decathlon: a TaskNN_Name folder with imagesTr, labelsTr, imagesTs and dataset.json."""
 
     name: ClassVar[str] = "decathlon"
-    identifiers: ClassVar = "public"
+    identifiers: ClassVar[Literal["public", "personal"]] = "public"
     layouts: ClassVar[tuple[str, ...]] = ("nnunet", "monai")
 
     form: Annotated[Form, typer.Option(help="Which of a NIfTI header's two geometries to take when they disagree.")] = (
@@ -42,15 +43,21 @@ class Decathlon(Source):
             ) from error
         if not channels or 0 not in values.values():
             raise UsageError("dataset.json names no modality or no background; it is not a decathlon description.")
+        if self.n4 and any(channel.upper() == "CT" for channel in channels):
+            raise UsageError("--n4 corrects the coils of MR; this task has CT.")
+        steps = self.steps()
         labels = dict(sorted(values.items(), key=lambda item: item[1]))
 
         def make_case(image: str, label: str | None) -> Case:
             key = PurePosixPath(image).name.removesuffix(".gz").removesuffix(".nii")
             images = tuple(
-                Make(
-                    "operations.volumes:image",
-                    (image,),
-                    {"form": self.form} | ({"channel": i} if len(channels) > 1 else {}),
+                prepare(
+                    Make(
+                        "operations.volumes:image",
+                        (image,),
+                        {"form": self.form} | ({"channel": i} if len(channels) > 1 else {}),
+                    ),
+                    steps,
                 )
                 for i in range(len(channels))
             )

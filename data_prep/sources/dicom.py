@@ -29,6 +29,7 @@ from data_prep.dicom.stacks import (
 from data_prep.errors import DicomReadError, UsageError
 from data_prep.geometry import Grid, grid_difference
 from data_prep.model import Case, Description, Make, Ref, Source
+from data_prep.preparation import IntensityOptions, prepare
 from data_prep.tree import Tree
 
 _SEG, _RTSTRUCT = "SEG", "RTSTRUCT"
@@ -55,11 +56,11 @@ class _Volume:
 
 
 @dataclass(frozen=True)
-class Dicom(Source):
+class Dicom(IntensityOptions, Source):
     """Any folder of DICOM files: CT, MR and PET volumes, DICOM-SEG and RTSTRUCT labels, X-rays and mammograms."""
 
     name: ClassVar[str] = "dicom"
-    identifiers: ClassVar = "personal"
+    identifiers: ClassVar[Literal["public", "personal"]] = "personal"
     layouts: ClassVar[tuple[str, ...]] = ("monai", "nnunet")
 
     kind: Annotated[Literal["volumes", "projections"], typer.Option(help="What to convert.")] = "volumes"
@@ -100,19 +101,23 @@ class Dicom(Source):
     crop_breast: Annotated[bool, typer.Option("--crop-breast", help="Mammograms: cut to the breast.")] = False
 
     def plan(self, tree: Tree, book: Book) -> Description:
-        images, objects = self._read(tree, book)
+        images, objects = self.read(tree, book, tree.match("**/*"))
         if not images and not objects and not book.verdicts:
             raise UsageError("the input holds no DICOM file; check that it is the right folder.")
         if self.kind == "projections":
+            if self.steps():
+                raise UsageError("--n4 and --zscore are for volumes, not for --kind projections.")
             return self._plan_projections(images, book)
         return self._plan_volumes(tree, images, objects, book)
 
-    def _read(self, tree: Tree, book: Book) -> tuple[dict[tuple[str, str], list[tuple[str, Any]]], list[Any]]:
+    def read(
+        self, tree: Tree, book: Book, paths: Sequence[str]
+    ) -> tuple[dict[tuple[str, str], list[tuple[str, Any]]], list[Any]]:
         """Images by series, and label objects; everything else gets its verdict here."""
         images: dict[tuple[str, str], list[tuple[str, Any]]] = defaultdict(list)
         objects = []
         burned = 0
-        for path in tree.match("**/*"):
+        for path in paths:
             facts = tree.facts(path, headers.FACTS_VERSION, headers.read_facts)
             if facts["kind"] == "none":
                 # A DICOM file that lost its head: the ending says what it wants to be.
@@ -174,19 +179,24 @@ class Dicom(Source):
     ) -> Description:
         volumes = []
         for series in sorted(images, key=lambda key: min(path for path, _ in images[key])):
-            volumes += self._plan_series(tree, series, images[series], book)
+            volumes += self.plan_series(tree, series, images[series], book)
         if self.channel:
             return self._plan_channels(tree, volumes, objects, book)
+        self._check_steps(volumes)
         names = self._add_labelled(tree, volumes, objects, book)
         modalities = sorted({one.stack.slices[0].facts["modality"] for one in volumes})
         channel = modalities[0] if len(modalities) == 1 else "mixed"
         return self._describe((channel,), names)
 
+    def _check_steps(self, volumes: Sequence[_Volume]) -> None:
+        if self.n4 and any(one.stack.slices[0].facts["modality"] != "MR" for one in volumes):
+            raise UsageError("--n4 corrects the coils of MR; the input has volumes of other modalities.")
+
     def _describe(self, channels: tuple[str, ...], names: list[str]) -> Description:
         values = {"background": 0, **{name: value for value, name in enumerate(names, 1)}}
         return Description("Dicom", "segmentation", channels, values)
 
-    def _plan_series(
+    def plan_series(
         self, tree: Tree, series: tuple[str, str], members: list[tuple[str, Any]], book: Book
     ) -> list[_Volume]:
         slices: list[Slice] = []
@@ -330,18 +340,20 @@ class Dicom(Source):
 
     def _add_labelled(self, tree: Tree, volumes: list[_Volume], objects: list[Any], book: Book) -> list[str]:
         found, names = self._label_objects(tree, volumes, objects, book)
+        steps = self.steps()
         for number, one in enumerate(volumes):
             key = f"{one.study}/{one.series[1]}/{one.number}"
             meta = {"modality": one.stack.slices[0].facts["modality"]}
+            image = prepare(one.make, steps)
             made = [
                 (f"{key}/{headers.hash_uid(path)}", self._label_make(path, modality, one, names))
                 for path, modality, _ in found.get(number, [])
             ]
             if not made:
                 part: Any = "test" if found else None
-                book.add(Case(key, one.patient, (one.make,), split=part, refs=(one.ref,), meta=meta))
+                book.add(Case(key, one.patient, (image,), split=part, refs=(one.ref,), meta=meta))
             for label_key, label in made:
-                book.add(Case(label_key, one.patient, (one.make,), label, refs=(one.ref,), meta=meta))
+                book.add(Case(label_key, one.patient, (image,), label, refs=(one.ref,), meta=meta))
         return names
 
     # --- channels ------------------------------------------------------------------------------------------------
@@ -377,6 +389,7 @@ class Dicom(Source):
                 book.fail(everything, reason, ", ".join(missing or double))
                 continue
             complete.append([found[name][0] for name in patterns])
+        self._check_steps([one for members in complete for one in members])
         firsts = [members[0] for members in complete]
         label_objects, names = self._label_objects(tree, firsts, objects, book)
         for number, members in enumerate(complete):
@@ -404,7 +417,7 @@ class Dicom(Source):
                     [ref for volume in members for ref in volume.inputs], "grids-differ", f"{problem}; see --regrid"
                 )
                 return
-            makes.append(Make(one.make.operation, one.make.inputs, params))
+            makes.append(prepare(Make(one.make.operation, one.make.inputs, params), self.steps()))
         key = f"{first.study}/{first.series[1]}"
         if not label_objects:
             part: Any = "test" if has_labels else None
