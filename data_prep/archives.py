@@ -18,6 +18,8 @@ from typing import IO
 from data_prep.errors import ArchiveError
 
 MAX_ENTRIES = 4_000_000
+#: so many entries may any archive have
+MIN_ENTRIES = 10_000
 MAX_BYTES = 4 << 40
 # Images compress by 2 to 10, zero-filled masks by several hundred; deflate ends at 1032.
 MAX_RATIO = 1100
@@ -59,6 +61,8 @@ def unpack(
             device, or falls together with another one on any file system.
     """
     try:
+        # An entry takes 76 bytes in a zip file and its name in a packed tar; a million empty ones would fill memory.
+        max_entries = min(max_entries, MIN_ENTRIES + path.stat().st_size // 32)
         if path.name.lower().endswith(".zip"):
             with zipfile.ZipFile(path) as archive:
                 return _extract(_zip_entries(archive, max_entries), archive.open, path, folder, max_bytes, max_ratio)

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import generate_frames
+from pydicom.uid import RLELossless
 
 from data_prep.dicom.headers import frame_facts, named_errors, plain, read_dataset, slice_facts
 from data_prep.errors import CaseError, DicomReadError
@@ -27,6 +30,8 @@ from data_prep.operations import Job, Outcome, operation
 #: seconds one call of dcm2niix may take
 CONVERTER_TIMEOUT = 600.0
 _UNCOMPRESSED = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"}
+#: baseline, extended, and the two lossless processes of JPEG
+_JPEG = {f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70)}
 _LITTLE_ENDIAN = _UNCOMPRESSED - {"1.2.840.10008.1.2.2"}
 _MAX_VOLUME_BYTES = 16 << 30
 _DOUBTS = (
@@ -262,29 +267,58 @@ def decode(dataset: Any, path: Path) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:
-        syntax = str(dataset.file_meta.get("TransferSyntaxUID", ""))
-        if syntax in _UNCOMPRESSED:
+        if str(dataset.file_meta.get("TransferSyntaxUID", "")) not in _JPEG:
             raise DicomReadError("unreadable-pixels", f"the pixel data is damaged ({type(error).__name__})") from error
     try:
-        import SimpleITK as sitk
-
-        sitk.ProcessObject.SetGlobalWarningDisplay(False)
-        image = sitk.ReadImage(str(path))
-        values = sitk.GetArrayFromImage(image)
-        slope = float(dataset.get("RescaleSlope") or 1)
-        intercept = float(dataset.get("RescaleIntercept") or 0)
-        # SimpleITK has applied the rescale; take it back, so that both ways mean stored values.
-        stored = np.rint((values.astype(np.float64) - intercept) / slope)
-        if stored.shape[-2:] != (int(dataset.Rows), int(dataset.Columns)):
-            raise ValueError("size")
-        limit = 1 << int(dataset.get("BitsStored") or 16)
-        if stored.min() < -limit or stored.max() >= limit:
-            raise ValueError("range")
-        return stored.astype(np.int32).squeeze(0) if len(stored) == 1 else stored.astype(np.int32)
+        return _decode_jpeg(dataset)
     except MemoryError:
         raise
     except Exception as error:
         raise DicomReadError("unreadable-pixels", "no decoder can read the pixel data") from error
+
+
+def _decode_jpeg(dataset: Any) -> np.ndarray:
+    """Stored values by SimpleITK's own decoder, the last one, which reads lossless JPEG and 12-bit JPEG.
+
+    It gets a file with the pixels alone: on damaged headers it has asked for gigabytes.
+    """
+    import SimpleITK as sitk
+
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    size = (int(dataset.Rows), int(dataset.Columns))
+    for frame in generate_frames(dataset.PixelData, number_of_frames=frames):
+        if jpeg_size(frame) != size:
+            raise ValueError("size")
+    bare = Dataset()
+    for name in ("SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "BitsAllocated",
+                 "BitsStored", "HighBit", "PixelRepresentation", "PixelData"):  # fmt: skip
+        if name in dataset:
+            bare[name] = dataset[name]
+    bare.SOPClassUID, bare.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", "1.2.3"
+    bare["PixelData"].is_undefined_length = True
+    bare.file_meta = FileMetaDataset()
+    bare.file_meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
+    with tempfile.TemporaryDirectory(prefix="jpeg-") as folder:
+        path = Path(folder) / "pixels.dcm"
+        bare.save_as(path, enforce_file_format=True)
+        reader = sitk.ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetFileName(str(path))
+        values = sitk.GetArrayFromImage(reader.Execute())
+    if values.shape != (frames, *size):
+        raise ValueError("size")
+    return values if frames > 1 else values[0]
+
+
+def jpeg_size(stream: bytes) -> tuple[int, int] | None:
+    """Rows and columns that a JPEG stream announces in its frame header."""
+    at = 2
+    while at + 9 <= len(stream) and stream[at] == 0xFF:
+        marker, length = stream[at + 1], int.from_bytes(stream[at + 2 : at + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(stream[at + 5 : at + 7], "big"), int.from_bytes(stream[at + 7 : at + 9], "big")
+        at += 2 + length
+    return None
 
 
 def _native_pixels(dataset: Any) -> np.ndarray | None:
@@ -382,8 +416,6 @@ def check_position(
 
 
 def _plane_of(dataset: Any, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    from pydicom.dataset import Dataset
-
     per_frame = dataset.get("PerFrameFunctionalGroupsSequence")
     if per_frame:
         shared = dataset.get("SharedFunctionalGroupsSequence")
@@ -577,7 +609,9 @@ def same_pixel_data(first: Path, second: Path) -> bool:
         one, two = read_dataset(first, pixels=True), read_dataset(second, pixels=True)
         if one.PixelData == two.PixelData:
             return True
-        if one.file_meta.TransferSyntaxUID == two.file_meta.TransferSyntaxUID:
+        # This runs in the parent process, so no decoder in C that a damaged stream could bring down.
+        syntaxes = {str(each.file_meta.TransferSyntaxUID) for each in (one, two)}
+        if len(syntaxes) == 1 or syntaxes - _UNCOMPRESSED - {RLELossless}:
             return False
         return np.array_equal(decode(one, first), decode(two, second))
     except (CaseError, AttributeError):

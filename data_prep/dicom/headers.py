@@ -9,14 +9,14 @@ import logging
 import math
 import os
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pydicom
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
 from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -32,6 +32,7 @@ FACTS_VERSION = "dicom-2"
 #: a header larger than this is not one of an image
 MAX_FRAMES = 100_000
 _MAX_PIXELS = 1 << 31
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
 
 _TAGS = [
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID", "PatientName",
@@ -47,10 +48,32 @@ _WORDS = frozenset(
     "ORIGINAL DERIVED PRIMARY SECONDARY LOCALIZER SCOUT MOSAIC MPR MIP MINIP PROJECTION REFORMATTED M P R I "
     "MAGNITUDE PHASE REAL IMAGINARY AXIAL SUBTRACTION ADC FA TRACEW CSA SCREEN".split()
 ) | {"PROJECTION IMAGE", "MIN IP", "SCREEN SAVE", "CSA MPR", "CSA MIP"}
+#: SOP classes that are images for sure: CT, MR, PET, NM, CR, DX, MG, XA, RF, secondary capture; their enhanced kinds
+IMAGE_CLASSES = frozenset(
+    "1.2.840.10008.5.1.4.1.1." + end
+    for end in (
+        "1 1.1 1.1.1 1.2 1.2.1 1.3 1.3.1 2 2.1 2.2 4 4.1 4.3 4.4 7 7.1 7.2 7.3 7.4 12.1 12.2 20 128 128.1 130".split()
+    )
+)
 _VIEWS = frozenset("AP PA LL RL LATERAL LAT CC MLO ML LM XCCL XCCM LPO RPO LAO RAO".split())
 
 
 _tag = functools.cache(Tag)
+
+
+def _check_inflated_size(path: os.PathLike[str] | str, file: BinaryIO) -> None:
+    """Refuse a deflated file that is a bomb; pydicom unpacks it whole before it looks at anything."""
+    limit = 20 * os.stat(path).st_size + (64 << 20)
+    content = file.read()
+    file.seek(0)
+    start = 144 + int.from_bytes(content[140:144], "little")  # behind the meta information
+    inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    data = content[start:]
+    while data and not inflater.eof:
+        size += len(inflater.decompress(data, 1 << 20))
+        data = inflater.unconsumed_tail
+        if size > limit:
+            raise DicomReadError("unreadable-dicom", f"the deflated data set unpacks to more than {limit} bytes")
 
 
 def read_dataset(path: os.PathLike[str] | str, *, pixels: bool = False, tags: Sequence[str] | None = None) -> Dataset:
@@ -63,21 +86,22 @@ def read_dataset(path: os.PathLike[str] | str, *, pixels: bool = False, tags: Se
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wanted = None if tags is None else [_tag(name) for name in tags]
-            # Parsing from memory is faster, and with pixels the whole file is read anyway.
-            source = io.BytesIO(Path(path).read_bytes()) if pixels else path
-            try:
-                dataset = pydicom.dcmread(source, stop_before_pixels=not pixels, specific_tags=wanted)
-            except InvalidDicomError:
-                if not is_dicom(Path(path)):
-                    raise
-                dataset = pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=wanted, force=True)
+            with open(path, "rb") as file:
+                head = file.read(1024)
+                file.seek(0)
+                if _DEFLATED in head:
+                    _check_inflated_size(path, file)
+                # Parsing from memory is faster, and with pixels the whole file is read anyway.
+                source = io.BytesIO(file.read()) if pixels else file
+                is_bare = head[128:132] != b"DICM" and _starts_like_a_data_set(head)
+                dataset = pydicom.dcmread(source, stop_before_pixels=not pixels, specific_tags=wanted, force=is_bare)
             if "TransferSyntaxUID" not in dataset.file_meta:
                 # Written without preamble and meta information, as before 1993; the decoder needs the syntax.
                 is_implicit, is_little = dataset.original_encoding
                 syntax = ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
                 dataset.file_meta.TransferSyntaxUID = syntax if is_little else ExplicitVRBigEndian
             return dataset
-    except MemoryError:
+    except (MemoryError, DicomReadError):
         raise
     except Exception as error:
         raise DicomReadError("unreadable-dicom", f"the header cannot be read ({type(error).__name__})") from error
@@ -108,7 +132,7 @@ def is_dicom(path: Path) -> bool:
             head = file.read(132)
     except OSError:
         return False
-    return head[128:] == b"DICM" or _starts_like_a_data_set(head)
+    return head[128:132] == b"DICM" or _starts_like_a_data_set(head)
 
 
 def _starts_like_a_data_set(head: bytes) -> bool:
@@ -148,7 +172,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 def _facts(dataset: Dataset) -> dict[str, Any]:
     modality = _code(plain(dataset, "Modality"))
-    sop_class = str(plain(dataset, "SOPClassUID") or "")
+    sop_class = str(plain(dataset, "SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or "")
     facts: dict[str, Any] = {
         "kind": "image" if "Rows" in dataset and "Columns" in dataset else "other",
         "modality": modality,
@@ -168,6 +192,8 @@ def _facts(dataset: Dataset) -> dict[str, Any]:
                 references.append(hash_uid(series.get("SeriesInstanceUID")))
     facts["references"] = sorted(set(references))
     if facts["kind"] == "other":
+        if sop_class in IMAGE_CLASSES or not sop_class:
+            return {"kind": "damaged", "detail": "the header breaks off, or lacks the size of the image"}
         return facts
     image_type = plain(dataset, "ImageType") or []
     sides = [_code(plain(dataset, name)) for name in ("ImageLaterality", "Laterality")]

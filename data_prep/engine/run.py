@@ -6,7 +6,9 @@ import contextlib
 import itertools
 import json
 import os
+import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
@@ -26,6 +28,8 @@ from data_prep.operations import Link
 
 Engine = Literal["process", "serial", "dask"]
 MANIFEST = "manifest.jsonl"
+#: seconds between two lines on progress where there is no terminal
+LINE_SECONDS = 30.0
 #: how long a Dask scheduler may take to answer
 SCHEDULER_SECONDS = 30
 REPORTED_PACKAGES = ("monai-mamba", "numpy", "nibabel", "pydicom", "SimpleITK", "dcm2niix", "highdicom", "pillow")
@@ -92,8 +96,10 @@ def run_plan(plan: Plan, out: Path, private: Path, options: RunOptions) -> Repor
             mine = [entry for entry in plan.entries if in_shard(entry.name, options.shard)]
             fingerprints = {entry.name: plan.fingerprint(entry, options.link) for entry in mine}
             todo = [e for e in mine if not _is_done(before.get(e.name), fingerprints[e.name], out, options.resume)]
+            # No two runs share a temporary folder, not even with a worker that has outlived its killed parent.
+            token = secrets.token_hex(4)
             with _progress(len(mine), len(mine) - len(todo)) as tick:
-                for result in _results((_task(plan, e, out, options, tag) for e in todo), options):
+                for result in _results((_task(plan, e, out, options, f"{tag}-{token}") for e in todo), options):
                     journal.append(result | {"fingerprint": fingerprints[result["name"]]})
                     _remove_stale(before.get(result["name"]), result, out)
                     tick(result["status"])
@@ -325,22 +331,26 @@ def _progress(total: int, done: int) -> Iterator[Callable[[str], None]]:
 
             yield tick
         return
-    start = last = time.monotonic()
+    start = time.monotonic()
     made = 0
 
     def tick_line(status: str) -> None:
-        nonlocal failed, made, last
+        nonlocal failed, made
         failed += status == "failed"
         made += 1
-        now = time.monotonic()
-        if now - last >= 30:
-            last = now
-            rate = made / (now - start)
-            left = (total - done - made) / rate
-            print(
-                f"{done + made}/{total} cases, {failed} failed, {rate:.2f}/s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
 
-    yield tick_line
+    def report() -> None:
+        while not finished.wait(LINE_SECONDS):
+            rate = made / (time.monotonic() - start)
+            left = f"{(total - done - made) / rate:.0f} s left" if made else "no case finished yet"
+            print(f"{done + made}/{total} cases, {failed} failed, {rate:.2f}/s, {left}", file=sys.stderr, flush=True)
+
+    # A thread, so that the lines keep coming while one case takes an hour.
+    finished = threading.Event()
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    try:
+        yield tick_line
+    finally:
+        finished.set()
+        reporter.join()

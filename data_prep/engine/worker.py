@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -47,6 +50,7 @@ def execute(task: dict[str, Any]) -> dict[str, Any]:
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
+        tempfile.tempdir = str(work)  # nothing is written outside of the output
         result.update(_make(task, work))
     except CaseError as error:
         result.update(status="failed", reason=error.reason, detail=error.detail, files=[])
@@ -63,6 +67,7 @@ def execute(task: dict[str, Any]) -> dict[str, Any]:
         place = f"{type(error).__name__} in {os.path.basename(frame.filename)}:{frame.lineno}"
         result.update(status="failed", reason="unexpected-error", detail=place, files=[])
     finally:
+        tempfile.tempdir = None
         shutil.rmtree(work, ignore_errors=True)
     return result | {"seconds": round(time.monotonic() - start, 3)}
 
@@ -136,6 +141,8 @@ class WorkerProcess:
             stderr=subprocess.DEVNULL,
             text=True,
             env=os.environ | _ONE_THREAD,
+            # A group of its own, so that a converter it started is killed with it.
+            start_new_session=True,
         )
         self.num_cases = 0
         self._converse({"hello": 1}, _START_SECONDS)
@@ -143,7 +150,7 @@ class WorkerProcess:
     def _converse(self, message: dict[str, Any], timeout: float) -> dict[str, Any] | None:
         """Send a message and wait; ``None`` when the process died or was killed for taking too long."""
         assert self._process.stdin and self._process.stdout
-        killer = threading.Timer(timeout, self._process.kill)
+        killer = threading.Timer(timeout, self._kill)
         killer.daemon = True
         killer.start()
         try:
@@ -182,8 +189,14 @@ class WorkerProcess:
     def is_usable(self) -> bool:
         return self._process.poll() is None and self.num_cases < CASES_PER_WORKER
 
-    def close(self) -> None:
+    def _kill(self) -> None:
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
+
+    def close(self) -> None:
+        self._kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream:
@@ -215,6 +228,13 @@ def close_workers() -> None:
         _workers.pop().close()
 
 
+def _die_with_parent(parent: int) -> None:
+    """A worker whose parent was killed must not go on writing while the run is repeated, perhaps with other options."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
 def serve() -> None:
     """Answer tasks, one JSON line each, until standard input ends."""
     # Headers are thousands of small objects without cycles; looking for some takes a tenth of the time.
@@ -224,6 +244,7 @@ def serve() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     for line in sys.stdin:
         task = json.loads(line)
         answer = {"hello": 1} if "hello" in task else execute(task)

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pydicom
+import SimpleITK as sitk
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
@@ -92,8 +94,6 @@ def oracle_distance(path: Path, datasets: Sequence[FileDataset]) -> float:
 
     Independent of the package: the voxels of every slice are searched in the volume by their values.
     """
-    import nibabel
-
     image = nibabel.load(path)
     data, affine = np.asanyarray(image.dataobj), image.affine
     worst = 0.0
@@ -133,7 +133,12 @@ def planes(dataset: pydicom.Dataset) -> list[tuple[np.ndarray, np.ndarray, np.nd
                     for item in element.value or []:
                         merged.update(item)
             groups.append(merged)
-    stored = dataset.pixel_array.reshape(len(groups), dataset.Rows, dataset.Columns).astype(float)
+    try:
+        stored = dataset.pixel_array
+    except RuntimeError:  # no plugin for lossless JPEG; SimpleITK would have applied a rescale, which MR has not
+        assert "RescaleSlope" not in dataset
+        stored = sitk.GetArrayFromImage(sitk.ReadImage(dataset.filename))
+    stored = stored.reshape(len(groups), dataset.Rows, dataset.Columns).astype(float)
     return [
         (
             pixels * float(one.get("RescaleSlope", 1)) + float(one.get("RescaleIntercept", 0)),
@@ -147,9 +152,6 @@ def planes(dataset: pydicom.Dataset) -> list[tuple[np.ndarray, np.ndarray, np.nd
 
 def assert_every_voxel_is_where_its_header_says(path: Path, files: Sequence[Path]) -> None:
     """Independent of the package: each file's pixels are found at the place its own header gives, and nothing else."""
-    import nibabel
-    import SimpleITK as sitk
-
     image = nibabel.load(path)
     data, count = np.asanyarray(image.dataobj), 0
     to_voxel = np.linalg.inv(np.diag([-1.0, -1, 1, 1]) @ image.affine)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 import zlib
 
@@ -99,6 +101,18 @@ def test_bomb_and_many_entries_are_refused(tmp_path):
         archive.writestr("zeros", bytes(30 << 20))
     _refused(tmp_path / "bomb.zip", tmp_path, max_ratio=100)
     _refused(_zip(tmp_path / "many.zip", [str(n) for n in range(50)]), tmp_path, max_entries=40)
+
+
+def test_million_empty_entries_are_refused_before_they_fill_the_memory(tmp_path):
+    header = tarfile.TarInfo("x").tobuf()
+    with gzip.open(tmp_path / "many.tar.gz", "wb", compresslevel=1) as file:
+        for _ in range(100):
+            file.write(header * 10_000)
+    tracemalloc.start()
+    _refused(tmp_path / "many.tar.gz", tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150 << 20
 
 
 def test_lying_size_and_damage_are_refused(tmp_path):
