@@ -19,6 +19,8 @@ SMALL = {
         "network_def#num_blocks": 1,
         "default_card#image_size": [16, 24, 16],
     },
+    "nnmamba_seg": {"network_def#network#num_blocks": 2},
+    "nnmamba_landmark": {"network_def#num_blocks": 2},
 }
 
 

@@ -17,7 +17,17 @@ from typing import Annotated
 import typer
 
 from monai_mamba import __version__
-from monai_mamba.cli import convert_weights, doctor, evaluate, export, inspect_weights, nnunet, quickstart, summary
+from monai_mamba.cli import (
+    convert_weights,
+    doctor,
+    evaluate,
+    export,
+    inspect_weights,
+    nnunet,
+    predict,
+    quickstart,
+    summary,
+)
 from monai_mamba.errors import MonaiMambaError
 
 EXIT_DONE = 0
@@ -39,6 +49,7 @@ app.command("doctor")(doctor.doctor)
 app.command("summary")(summary.summary)
 app.command("inspect-weights")(inspect_weights.inspect_weights)
 app.command("convert-weights")(convert_weights.convert_weights)
+app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.add_typer(nnunet.app, name="nnunet")

@@ -30,6 +30,7 @@ from monai_mamba.errors import CheckpointError, DatasetError
 from monai_mamba.training.bundle import MODEL_CARD, local_device
 from monai_mamba.training.outputs import class_probabilities
 from monai_mamba.training.transforms import ReadPictured
+from monai_mamba.weights import read_state_dict
 
 TASKS = ("classification", "two-view classification", "segmentation", "landmarks")
 CONFIG = Path("configs") / "inference.json"
@@ -179,7 +180,11 @@ def load_trained(
     if task not in TASKS:
         raise CheckpointError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}", root / CONFIG)
     try:
-        network.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+        if checkpoint.suffix == ".safetensors":
+            weights = read_state_dict(checkpoint)
+        else:
+            weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        network.load_state_dict(weights)
     except (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"does not fit the network of {root / CONFIG}; if the training changed the network by an option, give it "
