@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ class NonFiniteGradients(MonaiMambaError):
 class GradientGuard:
     """Skips the optimiser's step when a gradient is NaN or infinite, counts, and stops a hopeless run.
 
-    Call :meth:`watch` once. Where a gradient scaler already skips such steps (float16 on CUDA), they do not come here.
+    Call :meth:`watch` once. A gradient scaler (float16 on CUDA) skips such steps itself: :meth:`count` sees them too,
+    if the training step runs inside it.
 
     Args:
         max_consecutive: steps in a row that may be skipped.
@@ -32,21 +35,38 @@ class GradientGuard:
         self.max_consecutive = max_consecutive
         self.num_skipped = 0
         self._consecutive = 0
+        self._attempted = False
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Look at the gradients before every step of this optimiser."""
         optimizer.register_step_pre_hook(self._before_step)
 
+    @contextmanager
+    def count(self) -> Iterator[None]:
+        """Run one training step; if the optimizer's step is never called, the scaler has skipped it.
+
+        Raises:
+            NonFiniteGradients: after `max_consecutive` skipped steps in a row.
+        """
+        self._attempted = False
+        yield
+        if not self._attempted:
+            self._skip()
+
     def _before_step(self, optimizer: torch.optim.Optimizer, _arguments: Any, _keywords: Any) -> None:
+        self._attempted = True
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms = torch._foreach_norm([p.grad for p in parameters])
         if not parameters or bool(torch.isfinite(torch.stack(norms)).all()):
             self._consecutive = 0
             return
-        self.num_skipped += 1
-        self._consecutive += 1
         for parameter in parameters:
             parameter.grad = None  # optimisers pass over parameters without a gradient
+        self._skip()
+
+    def _skip(self) -> None:
+        self.num_skipped += 1
+        self._consecutive += 1
         if self._consecutive >= self.max_consecutive:
             raise NonFiniteGradients(
                 f"{self._consecutive} steps in a row had NaN or infinite gradients; the weights were kept as they were "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pydoc
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,18 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
+from monai_mamba.errors import CheckpointError
 from monai_mamba.networks import NNMambaSeg
 from monai_mamba.nnunet.checkpoint import load_or_previous, previous_path, replace_atomically
 from monai_mamba.nnunet.guard import GradientGuard
+from monai_mamba.nnunet.randomness import capture_random_state, restore_random_state
+from monai_mamba.nnunet.workers import explained_export_failures, explained_worker_failures, worker_processes
 
 #: Length of a run, for callers that cannot edit a class: the commands of this package and tests.
 EPOCHS_VARIABLE = "MONAI_MAMBA_EPOCHS"
 ITERATIONS_VARIABLE = "MONAI_MAMBA_ITERATIONS"
+#: A published weight file to start from, for trainers whose network or encoder has published weights.
+WEIGHTS_VARIABLE = "MONAI_MAMBA_WEIGHTS"
 
 _NUM_LEVELS = 4  # of deep supervision: full, 1/2, 1/4, 1/8
 
@@ -45,6 +51,8 @@ class MambaTrainer(nnUNetTrainer):
         learning_rate, decay: learning rate at the first epoch, weight decay.
         with_deep_supervision: losses at 1/2, 1/4 and 1/8 resolution too.
         with_autocast: float16 autocast on CUDA, as nnU-Net does; the scan computes in float32 either way.
+        pretrained_weights: a published weight file for the network or its encoder, see
+            :func:`monai_mamba.weights.load_pretrained`; the variable ``MONAI_MAMBA_WEIGHTS`` goes before it.
         epochs, iterations_per_epoch, val_iterations_per_epoch, max_batch_size: None for nnU-Net's own.
     """
 
@@ -55,6 +63,7 @@ class MambaTrainer(nnUNetTrainer):
     decay = 3e-5
     with_deep_supervision = True
     with_autocast = True
+    pretrained_weights: str | None = None
     epochs: int | None = None
     iterations_per_epoch: int | None = None
     val_iterations_per_epoch: int | None = None
@@ -78,17 +87,23 @@ class MambaTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
     ) -> None:
+        is_continued = plans.get("continue_training", False)
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self._check_plans()
+        self.worker_processes: list[Any] = []
+        self._random_state: dict[str, Any] | None = None
+        self._weights = None if is_continued else os.environ.get(WEIGHTS_VARIABLE) or self.pretrained_weights
         self.initial_lr = self.learning_rate
         self.weight_decay = self.decay
         self.enable_deep_supervision = self.with_deep_supervision
         self.num_epochs = _positive_from_environment(EPOCHS_VARIABLE) or self.epochs or self.num_epochs
-        self.num_iterations_per_epoch = (
-            _positive_from_environment(ITERATIONS_VARIABLE)
-            or self.iterations_per_epoch
-            or self.num_iterations_per_epoch
+        asked = _positive_from_environment(ITERATIONS_VARIABLE)
+        self.num_iterations_per_epoch = asked or self.iterations_per_epoch or self.num_iterations_per_epoch
+        # A run shortened from outside keeps nnU-Net's ratio of training to validation.
+        shortened = None if asked is None else min(self.num_val_iterations_per_epoch, max(1, round(asked / 5)))
+        self.num_val_iterations_per_epoch = (
+            self.val_iterations_per_epoch or shortened or self.num_val_iterations_per_epoch
         )
-        self.num_val_iterations_per_epoch = self.val_iterations_per_epoch or self.num_val_iterations_per_epoch
         self.save_every = self.checkpoint_interval or self.save_every
 
     @classmethod
@@ -106,8 +121,12 @@ class MambaTrainer(nnUNetTrainer):
             **cls.network_arguments,
         )
         network.decoder.deep_supervision = enable_deep_supervision
-        if not cls.with_autocast:
-            network.forward = torch.autocast("cuda", enabled=False)(network.forward)
+        return network if cls.with_autocast else cls.without_autocast(network)
+
+    @staticmethod
+    def without_autocast(network: Any) -> nn.Module:
+        """Return the network, computing in float32 whatever autocast it is called in."""
+        network.forward = torch.autocast("cuda", enabled=False)(network.forward)
         return network
 
     @classmethod
@@ -120,8 +139,20 @@ class MambaTrainer(nnUNetTrainer):
             )
         return cls.network_class(**arguments)
 
+    def _check_plans(self) -> None:
+        name = self.configuration_manager.network_arch_class_name
+        planned = pydoc.locate(name) if name.startswith("monai_mamba.") else None
+        own = self.network_class
+        if isinstance(planned, type) and not (issubclass(own, planned) or issubclass(planned, own)):
+            raise ValueError(
+                f"the plans {self.plans_manager.plans_name!r} are made for {name}, {type(self).__name__} trains "
+                f"{own.__name__}; choose the trainer of that network with -tr, or other plans with -p"
+            )
+
     def initialize(self) -> None:
         super().initialize()
+        if self._weights:
+            self._load_published(self._weights)
         self._guard = GradientGuard()
         self._guard.watch(self.optimizer)
         if not self.with_autocast:
@@ -190,16 +221,53 @@ class MambaTrainer(nnUNetTrainer):
             )
         super().on_train_epoch_end(finite or train_outputs)
 
+    def train_step(self, batch: dict) -> dict:
+        with self._guard.count():
+            return super().train_step(batch)
+
+    def run_training(self) -> None:
+        with explained_worker_failures(self):
+            super().run_training()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        with explained_export_failures(self):
+            super().perform_actual_validation(save_probabilities)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.worker_processes = worker_processes(self.dataloader_train, self.dataloader_val)
+        # Only now: starting draws a first batch of each kind. The processes of DDP must differ, and one state is kept.
+        if self._random_state is not None and self.local_rank == 0:
+            restore_random_state(self._random_state)
+        self._random_state = None
+
     def save_checkpoint(self, filename: str) -> None:
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        replace_atomically(filename, super().save_checkpoint)
+        # What nnU-Net's own method writes, and the state of the random generators.
+        checkpoint = {
+            "network_weights": self._plain_network().state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            "random_state": capture_random_state(),
+        }
+        replace_atomically(filename, lambda name: torch.save(checkpoint, name))
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Continue from a checkpoint; a damaged file is replaced by the one before it, with a line in the log.
 
         Unlike nnU-Net's, this runs no code that a file may carry, and takes a checkpoint of another device.
+
+        Raises:
+            CheckpointError: if no file can be read, or it is of another trainer or configuration; nothing has changed
+                then.
         """
         if not self.was_initialized:
             self.initialize()
@@ -208,9 +276,11 @@ class MambaTrainer(nnUNetTrainer):
             if isinstance(filename_or_checkpoint, dict)
             else load_or_previous(filename_or_checkpoint, self.device)
         )
-        self._plain_network().load_state_dict(
-            {key.removeprefix("module."): value for key, value in checkpoint["network_weights"].items()}
+        weights = {key.removeprefix("module."): value for key, value in checkpoint["network_weights"].items()}
+        self._check_checkpoint(
+            checkpoint, weights, None if isinstance(filename_or_checkpoint, dict) else filename_or_checkpoint
         )
+        self._plain_network().load_state_dict(weights)
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
@@ -221,6 +291,41 @@ class MambaTrainer(nnUNetTrainer):
         self.inference_allowed_mirroring_axes = checkpoint.get(
             "inference_allowed_mirroring_axes", self.inference_allowed_mirroring_axes
         )
+
+        self._random_state = checkpoint.get("random_state")
+
+    def _check_checkpoint(self, checkpoint: dict, weights: dict[str, torch.Tensor], path: str | None) -> None:
+        if missing := [
+            key for key in ("optimizer_state", "init_args", "logging", "current_epoch") if key not in checkpoint
+        ]:
+            raise CheckpointError(
+                f"it is no checkpoint of a training, `{missing[0]}` is missing; to start from weights alone use "
+                f"-pretrained_weights or {WEIGHTS_VARIABLE}",
+                path,
+            )
+        other = checkpoint.get("trainer_name", "an unknown trainer")
+        configuration = checkpoint["init_args"].get("configuration")
+        if configuration != self.configuration_name:
+            raise CheckpointError(
+                f"it is of the configuration {configuration}, this is {self.configuration_name}; each has its folder",
+                path,
+            )
+        own = self._plain_network().state_dict()
+        unlike = sorted(own.keys() ^ weights.keys()) or [k for k in own if own[k].shape != weights[k].shape]
+        if unlike:
+            raise CheckpointError(
+                f"it was written by {other}, and {len(unlike)} of its tensors do not fit {type(self).__name__} (the "
+                f"first: `{unlike[0]}`); continue with -tr {other}, or start anew without --c",
+                path,
+            )
+
+    def _load_published(self, path: str) -> None:
+        from monai_mamba.weights import load_pretrained
+
+        report = load_pretrained(self._plain_network(), path, adapt_in_channels=True, reset_head=True)
+        self.print_to_log_file(f"Published weights: {report.summary()}")
+        for record in report.select("adapted"):
+            self.print_to_log_file(f"  {record.target}: {record.reason}")
 
     def _plain_network(self) -> nn.Module:
         network = self.network.module if self.is_ddp else self.network

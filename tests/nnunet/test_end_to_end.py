@@ -81,28 +81,62 @@ def test_wrapper_commands_train_resume_and_predict_2d_without_startup_file(fresh
     assert_is_prediction(output / "case_6.nii.gz", folders.raw / "imagesTs" / "case_6_0000.nii.gz")
 
 
-def test_killed_training_resumes_from_the_latest_checkpoint(fresh_results):
+def test_training_resumed_after_kill_9_equals_an_uninterrupted_one(fresh_results):
+    """Bit for bit on a CPU without background workers: weights, optimizer and random generators continue."""
     folders = fresh_results
-    command = f"monai-mamba nnunet train {DATASET_ID} 2d 0 -tr nnMambaTrainerQuickNoSSM -device cpu".split()
-    program = Path(sys.executable).with_name(command[0])
+    command = (
+        f"monai-mamba nnunet train {DATASET_ID} 2d 0 -tr nnMambaTrainerQuickNoSSM -device cpu "
+        "--epochs 5 --iterations 1 --seed 7"
+    ).split()
+    fold = folders.results / "nnMambaTrainerQuickNoSSM__nnUNetPlans__2d" / "fold_0"
+    folders.run(*command)
+    whole = torch.load(fold / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    shutil.rmtree(fold)
     process = subprocess.Popen(
-        [str(program), *command[1:], "--epochs", "500", "--iterations", "1"],
+        [str(Path(sys.executable).with_name(command[0])), *command[1:]],
         env=folders.environment(),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=(output := open(fold.parent / "stderr.txt", "w+")),
         start_new_session=True,
     )
-    latest = folders.results / "nnMambaTrainerQuickNoSSM__nnUNetPlans__2d" / "fold_0" / "checkpoint_latest.previous.pth"
+    latest = fold / "checkpoint_latest.previous.pth"
     deadline = time.monotonic() + 240
     while not latest.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
+        time.sleep(0.002)
+    output.seek(0)
+    assert process.poll() is None, f"the training ended before it could be killed: {output.read()}"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    output.close()
     assert latest.exists(), "the training wrote no second checkpoint"
-    resumed = folders.run(*command, "--epochs", "4", "--iterations", "1", "--c")
-    assert "no checkpoint available" not in resumed.stdout
-    assert (latest.parent / "checkpoint_final.pth").exists()
+    assert not (fold / "checkpoint_final.pth").exists()
+    resumed_run = folders.run(*command, "--c")
+    assert "no checkpoint available" not in resumed_run.stdout
     assert not latest.exists()
+    resumed = torch.load(fold / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    assert resumed["logging"]["train_losses"] == whole["logging"]["train_losses"]
+    for name, value in whole["network_weights"].items():
+        assert torch.equal(value, resumed["network_weights"][name]), name
+
+
+def test_damaged_case_is_named_when_a_background_worker_dies_of_it(fresh_results):
+    folders = fresh_results
+    files = sorted((folders.preprocessed / "nnUNetPlans_2d").glob("case_?.b2nd"))
+    contents = [file.read_bytes() for file in files]
+    try:
+        for file, content in zip(files, contents, strict=True):
+            file.write_bytes(content[: len(content) // 3])
+        result = folders.run(
+            *f"nnUNetv2_train {DATASET_ID} 2d 0 -tr nnMambaTrainerQuickNoSSM -device cpu".split(),
+            check=False,
+            nnUNet_n_proc_DA="1",
+            **SHORT,
+        )
+    finally:
+        for file, content in zip(files, contents, strict=True):
+            file.write_bytes(content)
+    assert result.returncode
+    assert "a background worker of the data loading stopped at case case_" in result.stderr.strip().splitlines()[-1]
 
 
 def test_unknown_trainer_is_reported_by_nnunet(planned):

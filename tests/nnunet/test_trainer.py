@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from monai_mamba.errors import CheckpointError
-from monai_mamba.networks import NNMambaSeg
+from monai_mamba.errors import CheckpointError, RunError
+from monai_mamba.networks import NNMambaSeg, create_model
 from monai_mamba.nnunet.checkpoint import load_or_previous, previous_path, replace_atomically
-from monai_mamba.nnunet.guard import NonFiniteGradients
+from monai_mamba.nnunet.guard import GradientGuard, NonFiniteGradients
+from monai_mamba.nnunet.randomness import capture_random_state, restore_random_state
+from monai_mamba.weights import to_published
 from tests.nnunet.conftest import _FOLDERS
 
 
@@ -25,14 +27,17 @@ def make_trainer(planned, monkeypatch, tmp_path):
     for name in _FOLDERS:
         monkeypatch.setenv(name, str(planned.root / name.removeprefix("nnUNet_")))
 
-    def make(name="nnMambaTrainerQuick", configuration="3d_fullres", patch_size=None):
+    def make(name="nnMambaTrainerQuick", configuration="3d_fullres", patch_size=None, network=None, channels=1):
         from monai_mamba.nnunet.lookup import find_trainer
 
         plans = json.loads((planned.preprocessed / "nnUNetPlans.json").read_text())
         plans["continue_training"] = False
+        if network is not None:
+            plans["configurations"][configuration]["architecture"]["network_class_name"] = network
         if patch_size is not None:
             plans["configurations"][configuration]["patch_size"] = list(patch_size)
         dataset_json = json.loads((planned.preprocessed / "dataset.json").read_text())
+        dataset_json["channel_names"] = {str(i): "MRI" for i in range(channels)}
         trainer = find_trainer(name)(plans, configuration, 0, dataset_json, torch.device("cpu"))
         trainer.output_folder = str(tmp_path)
         trainer.log_file = str(tmp_path / "log.txt")
@@ -141,6 +146,8 @@ def test_length_from_the_environment(make_trainer, monkeypatch):
     monkeypatch.setenv("MONAI_MAMBA_ITERATIONS", "3")
     trainer = make_trainer()
     assert (trainer.num_epochs, trainer.num_iterations_per_epoch) == (7, 3)
+    assert trainer.num_val_iterations_per_epoch == trainer.val_iterations_per_epoch
+    assert make_trainer("nnMambaTrainerNoSSM").num_val_iterations_per_epoch == 1
     monkeypatch.setenv("MONAI_MAMBA_EPOCHS", "-1")
     with pytest.raises(ValueError, match="`MONAI_MAMBA_EPOCHS` must be a positive whole number, got '-1'"):
         make_trainer()
@@ -175,6 +182,114 @@ def test_step_without_finite_gradients_is_skipped_and_a_series_stops_the_run(mak
     trainer.train_step(bad)
     with pytest.raises(NonFiniteGradients, match="3 steps in a row"):
         trainer.train_step(bad)
+
+
+def test_steps_that_the_gradient_scaler_skips_count_too():
+    """On CUDA in float16 the scaler leaves the optimizer's step out; the scaler of a CPU does the same."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], 0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    guard = GradientGuard(max_consecutive=3)
+    guard.watch(optimizer)
+
+    def step(factor):
+        optimizer.zero_grad()
+        with guard.count():
+            scaler.scale((weight * factor).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    step(float("inf"))
+    step(float("inf"))
+    step(1.0)
+    assert guard.num_skipped == 2 and weight.grad is not None
+    step(float("nan"))
+    step(float("nan"))
+    with pytest.raises(NonFiniteGradients, match="3 steps in a row"):
+        step(float("nan"))
+
+
+def test_random_state_survives_a_checkpoint(tmp_path):
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.normal(size=3).tolist(), torch.rand(3).tolist()  # noqa: NPY002
+
+    draw()
+    torch.save(capture_random_state(), tmp_path / "state.pth")
+    first = draw()
+    assert draw() != first
+    restore_random_state(torch.load(tmp_path / "state.pth", weights_only=True))
+    assert draw() == first
+
+
+def test_plans_of_another_network_are_refused(make_trainer):
+    make_trainer(network="monai_mamba.networks.NNMambaSeg")
+    with pytest.raises(ValueError, match=r"made for monai_mamba\.networks\.MedMambaSeg.*choose the trainer"):
+        make_trainer(network="monai_mamba.networks.MedMambaSeg")
+
+
+def test_checkpoint_of_another_trainer_or_configuration_is_refused(make_trainer, tmp_path):
+    path = tmp_path / "checkpoint_latest.pth"
+    make_trainer("MedMambaTrainerNoSSM", "2d").save_checkpoint(str(path))
+    trainer = make_trainer("nnMambaTrainerQuick", "2d")
+    before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"was written by MedMambaTrainerNoSSM.*-tr MedMambaTrainerNoSSM"):
+        trainer.load_checkpoint(str(path))
+    for name, value in trainer.network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    trainer.save_checkpoint(str(path))
+    with pytest.raises(CheckpointError, match="of the configuration 2d, this is 3d_fullres"):
+        make_trainer("nnMambaTrainerQuick").load_checkpoint(str(path))
+    torch.save({"network_weights": trainer.network.state_dict()}, path)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of a training.*MONAI_MAMBA_WEIGHTS"):
+        trainer.load_checkpoint(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "channels", "probe"),
+    [
+        ("MedMambaTrainer", "medmamba_t", 1, "encoder.layers"),
+        ("XFMambaTrainer", "vmamba_t", 2, "encoder.backbone.layers"),
+        ("nnMambaTrainer", "nnmamba_seg_2d", 1, "encoder.stem"),
+    ],
+)
+def test_published_weights_are_where_training_starts(
+    make_trainer, monkeypatch, tmp_path, name, network, channels, probe
+):
+    """A file in the published layout, with three image channels and other classes, as it can be downloaded."""
+    source = create_model(network, **({"in_channels": 1} if network.startswith("nnmamba") else {"in_channels": 3}))
+    with torch.no_grad():
+        for index, parameter in enumerate(source.parameters()):
+            parameter.fill_(1 + index / 1000)
+    torch.save({"model": to_published(source)}, tmp_path / "published.pth")
+    monkeypatch.setenv("MONAI_MAMBA_WEIGHTS", str(tmp_path / "published.pth"))
+    trainer = make_trainer(name, "2d", patch_size=(64, 64), channels=channels)
+    values = torch.cat([p.detach().flatten() for p in trainer.network.get_submodule(probe).parameters()])
+    assert values.min() >= 1 and values.max() < 2
+    assert "Published weights: " in open(trainer.log_file).read()
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "published.pth")
+    with pytest.raises(CheckpointError, match=r"published\.pth: its names"):
+        make_trainer(name, "2d", patch_size=(64, 64), channels=channels)
+
+
+def test_worker_that_died_is_explained(make_trainer, monkeypatch):
+    trainer = make_trainer("nnMambaTrainerQuickNoSSM", "2d")
+    monkeypatch.setattr(type(trainer).__mro__[-2], "run_training", _complain)
+
+    class Killed:
+        exitcode = -9
+
+    trainer.worker_processes = [Killed()]
+    with pytest.raises(
+        RunError, match=r"ended by signal 9, almost always because memory ran out \(.* GiB .*nnUNet_n_proc_DA"
+    ):
+        trainer.run_training()
+    trainer.worker_processes = []
+    with pytest.raises(RunError, match="every case can be read"):
+        trainer.run_training()
+
+
+def _complain(_trainer):
+    raise RuntimeError("One or more background workers are no longer alive. Exiting.")
 
 
 def test_checkpoint_round_trip_continues_the_run(make_trainer, tmp_path):
