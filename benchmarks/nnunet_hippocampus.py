@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from monai_mamba.quickstart.evaluation import METRICS, SURFACE_DICE_TOLERANCE_MM, evaluate_folder
 from nnunet_runs import TRAINERS, Job, cases_by_person, person_of, provenance, write_raw
 
 from monai_mamba.evaluation.bootstrap import Interval, bootstrap
 from monai_mamba.networks.counting import count
-from monai_mamba.quickstart.evaluation import METRICS, SURFACE_DICE_TOLERANCE_MM, evaluate_folder
 
 DATASET_ID = 905
 DATASET = f"Dataset{DATASET_ID}_Hippocampus"

@@ -28,33 +28,25 @@ class Stamp:
     mtime_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Row:
-    """One data row of a table: ``row["column"]``.
+    """One data row of a table.
 
     Args:
         ref: name of the row in the report.
-        columns: column to position; shared by all rows of a table.
-        cells: outer blanks and line breaks removed.
+        values: column to cell, outer blanks and line breaks removed.
         is_whole: the row has as many cells as the header; blank cells beyond it do not count.
     """
 
     ref: Ref
-    columns: Mapping[str, int]
-    cells: tuple[str, ...]
+    values: Mapping[str, str]
     is_whole: bool = True
 
     def __getitem__(self, column: str) -> str:
-        try:
-            return self.cells[self.columns[column]]
-        except IndexError:
-            raise KeyError(column) from None
+        return self.values[column]
 
     def get(self, column: str, default: str = "") -> str:
-        try:
-            return self[column]
-        except KeyError:
-            return default
+        return self.values.get(column, default)
 
 
 class Tree:
@@ -228,16 +220,12 @@ class Tree:
             missing = [column for column in required if column not in header]
             if missing:
                 raise DatasetError(f"{name} lacks the columns {missing}; it has {header}.")
-            columns_of = {column: number for number, column in enumerate(header)}
-            # Most cells of large tables are a few values again and again.
-            known: dict[str, str] = {}
             for cells in reader:
                 if not any(cell.strip() for cell in cells):
                     continue
-                clean = (" ".join(cell.split()) for cell in cells[: len(header)])
-                values = tuple(known.setdefault(cell, cell) if len(cell) < 32 else cell for cell in clean)
+                values = dict(zip(header, (" ".join(cell.split()) for cell in cells), strict=False))
                 is_whole = len(cells) >= len(header) and not any(cell.strip() for cell in cells[len(header) :])
-                rows.append(Row(Ref(path, "row", str(len(rows) + 1)), columns_of, values, is_whole))
+                rows.append(Row(Ref(path, "row", str(len(rows) + 1)), values, is_whole))
         except csv.Error as error:
             raise DatasetError(f"{name} is not a valid table: {error}.") from error
         self._tables[path] = rows

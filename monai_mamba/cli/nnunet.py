@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Run nnU-Net's own commands with this package's trainers; all arguments are nnU-Net's. "
-    "Needed only where the start-up file does not work (python -S, pip install --target, a broken torchvision)."
+    help="nnU-Net with this package's trainers. prepare, predict-landmarks and predict-classes serve the trainers for "
+    "landmarks and classes. train, predict and predict-from-modelfolder are nnU-Net's own commands, needed only where "
+    "the start-up file does not work (python -S, pip install --target, a broken torchvision)."
 )
 
 # Options are nnU-Net's, --help included.
@@ -68,6 +69,55 @@ def predict_from_modelfolder(context: typer.Context) -> None:
 
     sys.argv = ["nnUNetv2_predict_from_modelfolder", *context.args]
     predict_entry_point_modelfolder()
+
+
+@app.command()
+def prepare(
+    dataset: Annotated[str, typer.Argument(help="Number or name of a raw data set.")],
+    radius: Annotated[float, typer.Option(help="Radius in mm of a landmark's ball.", min=0.1)] = 3.0,
+) -> None:
+    """Check landmarks or classes of a raw data set, and write the label maps it lacks.
+
+    nnU-Net cannot plan without labelsTr. Call this before nnUNetv2_plan_and_preprocess.
+    """
+    from pathlib import Path
+
+    from nnunetv2.paths import nnUNet_raw
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    from monai_mamba.nnunet.prepare import prepare
+
+    name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdecimal() else dataset)
+    written = prepare(Path(str(nnUNet_raw)) / name, radius)
+    print(f"{name}: annotations checked, {len(written)} files written")
+
+
+@app.command(
+    "predict-landmarks",
+    context_settings=_PASS_ON,
+    help="Landmarks in mm: -i IN -o OUT -d DATASET -c CONFIGURATION -f FOLDS -tr nnMambaLandmarkTrainer",
+)
+def predict_landmarks(context: typer.Context) -> None:
+    from monai_mamba.nnunet.lookup import patch_lookup
+
+    patch_lookup()
+    from monai_mamba.nnunet.prediction import predict_landmarks
+
+    raise typer.Exit(predict_landmarks(context.args))
+
+
+@app.command(
+    "predict-classes",
+    context_settings=_PASS_ON,
+    help="Class probabilities: -i IN -o OUT -d DATASET -c CONFIGURATION -f FOLDS -tr nnMambaClassifierTrainer",
+)
+def predict_classes(context: typer.Context) -> None:
+    from monai_mamba.nnunet.lookup import patch_lookup
+
+    patch_lookup()
+    from monai_mamba.nnunet.prediction import predict_classes
+
+    raise typer.Exit(predict_classes(context.args))
 
 
 def _seed_everything(seed: int) -> None:

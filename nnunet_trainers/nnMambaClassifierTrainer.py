@@ -1,0 +1,32 @@
+"""``nnUNetv2_train DATASET 3d_fullres 0 -tr nnMambaClassifierTrainer``: one class per case."""
+
+from __future__ import annotations
+
+from monai_mamba.nnunet.classification import ClassifierTrainer
+
+
+class nnMambaClassifierTrainer(ClassifierTrainer):
+    """nnMamba for classification as released, on whole cases."""
+
+
+class nnMambaClassifierTrainerNoSSM(nnMambaClassifierTrainer):
+    """The same network without scans, to measure what they are worth."""
+
+    network_arguments = {"mixer": "none"}  # noqa: RUF012
+
+
+class nnMambaClassifierTrainerQuick(nnMambaClassifierTrainer):
+    """A short run for a CPU: half the width, two images a batch, eight epochs of 50 iterations."""
+
+    network_arguments = {"init_filters": 16}  # noqa: RUF012
+    epochs = 8
+    iterations_per_epoch = 50
+    val_iterations_per_epoch = 5
+    max_batch_size = 2
+    checkpoint_interval = 1
+
+
+class nnMambaClassifierTrainerQuickNoSSM(nnMambaClassifierTrainerQuick):
+    """The short run without scans."""
+
+    network_arguments = {"init_filters": 16, "mixer": "none"}  # noqa: RUF012
