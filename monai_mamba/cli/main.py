@@ -21,6 +21,7 @@ from monai_mamba.cli import (
     convert_weights,
     doctor,
     evaluate,
+    explain,
     export,
     inspect_weights,
     nnunet,
@@ -51,6 +52,8 @@ app.command("inspect-weights")(inspect_weights.inspect_weights)
 app.command("convert-weights")(convert_weights.convert_weights)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
+app.command("explain")(explain.explain)
+app.command("robustness")(explain.robustness)
 app.command("export")(export.export)
 app.add_typer(nnunet.app, name="nnunet")
 

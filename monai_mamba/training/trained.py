@@ -28,6 +28,7 @@ from torch import nn
 
 from monai_mamba.errors import CheckpointError, DatasetError
 from monai_mamba.training.bundle import MODEL_CARD, local_device
+from monai_mamba.training.datalist import MANIFEST, class_names, list_inputs
 from monai_mamba.training.outputs import class_probabilities
 from monai_mamba.training.transforms import ReadPictured
 from monai_mamba.weights import read_state_dict
@@ -87,6 +88,34 @@ class Trained:
         """
         if self.task not in tasks:
             raise CheckpointError(f"is a model for {self.task}; this needs one for {' or '.join(tasks)}", self.folder)
+
+    def list_cases(
+        self, dataset_dir: os.PathLike[str] | str, section: str = "test", limit: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the cases of a data set's section, or of a folder of files, that the model is for.
+
+        Args:
+            dataset_dir: folder with a ``datalist.json``, or with pictures or volumes.
+            section: of the data set.
+            limit: take only this many cases, evenly spaced.
+
+        Raises:
+            DatasetError: if there are none, the data set has other classes than the model, or a case has not the
+                files that the model needs.
+        """
+        cases = list_inputs(dataset_dir, section)
+        if self.classes and (Path(dataset_dir) / MANIFEST).is_file():
+            classes = class_names(dataset_dir)
+            if classes != self.classes:
+                raise DatasetError(
+                    f"{Path(dataset_dir) / MANIFEST}: has the classes {', '.join(classes)}, the model in {self.folder} "
+                    f"was trained for {', '.join(self.classes)}"
+                )
+        for case in cases:
+            self._check_keys(case)
+        if limit is not None and limit < len(cases):
+            cases = [cases[i * len(cases) // limit] for i in range(limit)]
+        return cases
 
     def read(self, case: Mapping[str, Any]) -> dict[str, Any]:
         """Return the case with its images read, ``(C, *spatial)`` each.
@@ -216,6 +245,12 @@ def fingerprints(trained: Trained) -> dict[str, str]:
     """Return the SHA-256 of the files that make up a trained model, by name."""
     files = [trained.checkpoint, trained.checkpoint.parent / MODEL_CARD, trained.folder / CONFIG]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+
+
+def data_source(dataset_dir: os.PathLike[str] | str) -> Path:
+    """Return what stands for the data in the provenance: its data list, which names every file, or the folder."""
+    manifest = Path(dataset_dir) / MANIFEST
+    return manifest if manifest.is_file() else Path(dataset_dir)
 
 
 def _root_cause(error: BaseException) -> str:

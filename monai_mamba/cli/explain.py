@@ -1,0 +1,138 @@
+"""``monai-mamba explain`` and ``monai-mamba robustness``: what a trained bundle looks at, and what it bears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from monai_mamba.cli.parsing import parse_argument
+
+Model = Annotated[Path, typer.Argument(help="Trained bundle, with configs/inference.json and models/model.pt.")]
+Data = Annotated[Path, typer.Argument(help="Folder with a datalist.json (or, to explain only, with images).")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="New or empty folder for the results.")]
+SectionName = Annotated[str, typer.Option(help="Section of the data set: training, validation or test.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only so many cases, evenly spaced.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Cases per pass.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the GPU if there is one.")]
+Override = Annotated[
+    list[str] | None,
+    typer.Option("--override", help="ID=VALUE of the bundle's configuration, e.g. network_def#dims=48. Repeatable."),
+]
+
+
+def explain(
+    model: Model,
+    data: Data,
+    output: Output,
+    section: SectionName = "test",
+    method: Annotated[str, typer.Option(help="gradcam or gradcam++.")] = "gradcam",
+    layer: Annotated[
+        str | None, typer.Option(help="Stage to look at; default: the deepest that is fine enough.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Class to explain; default: the predicted one.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Case to draw. Repeatable; default: wrong and sure ones.")
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Cases to draw if none are named.")] = 12,
+    checks: Annotated[int, typer.Option(min=0, help="Cases for the sanity checks; 0 for none.")] = 16,
+    limit: Limit = None,
+    batch_size: BatchSize = 16,
+    seed: Seed = 0,
+    device: Device = None,
+    override: Override = None,
+) -> None:
+    """Show where a trained classifier looks: Grad-CAM pictures, sanity checks, PCA and t-SNE of its features."""
+    from monai_mamba.explain.run import explain as run
+
+    with _reported_errors(), _progress() as on_progress:
+        summary = run(
+            model, data, output, section=section, method=method, layer=layer, target=target, chosen=case or [],
+            num_pictures=pictures, num_checks=checks, limit=limit, batch_size=batch_size, seed=seed, device=device,
+            overrides=_overrides(override), on_progress=on_progress,
+        )  # fmt: skip
+    size = " x ".join(map(str, summary["map_size"]))
+    typer.echo(
+        f"{len(summary['pictures'])} pictures of {summary['cases']} cases, {method} of {summary['layer']} ({size})"
+    )
+    for check in summary["sanity"]:
+        typer.echo(f"{'passed    ' if check['passed'] else 'NOT PASSED'}  {check['name']}: {check['figure']}")
+    typer.echo(f"written: {output}")
+
+
+def robustness(
+    model: Model,
+    data: Data,
+    output: Output,
+    section: SectionName = "test",
+    perturbation: Annotated[
+        list[str] | None, typer.Option("--perturbation", "-p", help="Which; repeatable. Default: all of them.")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of the bootstrap over patients.")] = 1000,
+    level: Annotated[float, typer.Option(help="Coverage of the intervals.")] = 0.95,
+    limit: Limit = None,
+    batch_size: BatchSize = 16,
+    seed: Seed = 0,
+    device: Device = None,
+    override: Override = None,
+) -> None:
+    """Measure a trained classifier on worse images: eight perturbations at five severities, all six metrics.
+
+    Rotation, translation, color_temperature (of colored pictures), brightness, contrast, noise, blur, resolution.
+    """
+    from monai_mamba.robustness.run import measure_robustness
+
+    with _reported_errors(), _progress() as on_progress:
+        summary = measure_robustness(
+            model, data, output, section=section, names=perturbation or [], limit=limit, batch_size=batch_size,
+            num_draws=draws, level=level, seed=seed, device=device, overrides=_overrides(override),
+            on_progress=on_progress,
+        )  # fmt: skip
+    _show(summary)
+    for name, reason in summary["skipped"].items():
+        typer.echo(f"{name}: not measured, {reason}")
+    typer.echo(f"written: {output}")
+
+
+def _show(summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"AUC of {summary['cases']} cases, as they are {summary['unchanged']['auc']['value']:.3f}")
+    for head in ("perturbation", "unit", "1", "2", "3", "4", "5"):
+        table.add_column(head)
+    for name, entry in summary["perturbations"].items():
+        table.add_row(name, entry["unit"], *(f"{level['metrics']['auc']['value']:.3f}" for level in entry["levels"]))
+    Console().print(table)
+
+
+def _overrides(texts: list[str] | None) -> dict[str, Any]:
+    return dict(parse_argument(text, "--override") for text in texts or [])
+
+
+@contextmanager
+def _reported_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, FileExistsError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what)
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield on_progress

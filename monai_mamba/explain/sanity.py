@@ -1,0 +1,191 @@
+"""May activation maps be believed: do they depend on what was learned, and do they show what matters?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.integrate import trapezoid
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from monai_mamba.evaluation.bootstrap import Interval, bootstrap
+from monai_mamba.explain.cams import ActivationMaps, enlarge, normalized
+
+#: Parts of the parameters that are shuffled, from the output backwards.
+SHUFFLED_SHARES = (0.1, 0.5, 1.0)
+#: Maps of a network without knowledge may be this similar to those of the trained one, as a rank correlation.
+MAX_SIMILARITY = 0.5
+DELETED_SHARES = tuple(float(s) for s in np.linspace(0, 1, 21))
+NUM_RANDOM_MAPS = 5
+
+
+@dataclass(frozen=True)
+class SanityChecks:
+    """What the checks found.
+
+    Attributes:
+        similarity: shuffled share of the parameters to the mean rank correlation of the maps.
+        deletion: area under the deletion curve: with random maps - with the maps; above 0 the maps are better.
+        curves: name to mean probability of the class over ``DELETED_SHARES``, for ``"map"`` and ``"random"``.
+        num_cases: cases that were looked at.
+    """
+
+    similarity: dict[float, Interval]
+    deletion: Interval
+    curves: dict[str, list[float]]
+    num_cases: int
+
+    @property
+    def depends_on_weights(self) -> bool:
+        """True if maps of the fully shuffled network differ from those of the trained one."""
+        return bool(abs(self.similarity[1.0].value) < MAX_SIMILARITY)
+
+    @property
+    def shows_what_matters(self) -> bool:
+        """True if deleting by the maps hurts more than deleting at random, beyond chance."""
+        return bool(self.deletion.low > 0)
+
+    def as_list(self) -> list[dict[str, object]]:
+        """The checks as the report shows them."""
+        shuffled, area = self.similarity[1.0], self.deletion
+        return [
+            {
+                "name": "Maps depend on the weights",
+                "figure": f"rank correlation with the maps of a shuffled network {shuffled.value:.2f} "
+                f"({shuffled.low:.2f} to {shuffled.high:.2f}), must be between -{MAX_SIMILARITY} and {MAX_SIMILARITY}; {self.num_cases} cases",
+                "passed": self.depends_on_weights,
+            },
+            {
+                "name": "Maps show what matters",
+                "figure": f"deletion by the map lowers the area under the curve by {area.value:.3f} "
+                f"({area.low:.3f} to {area.high:.3f}) more than by random maps, must be above 0; "
+                f"{self.num_cases} cases",
+                "passed": self.shows_what_matters,
+            },
+        ]
+
+
+def shuffle_weights(network: nn.Module, share: float, seed: int) -> nn.Module:
+    """Return a copy whose last parameters are shuffled, each within itself.
+
+    Shuffling forgets what was learned and keeps the scale of every layer, so that the network does not saturate.
+
+    Args:
+        network: the network.
+        share: of the parameter tensors, counted from the output.
+        seed: of the shuffle.
+
+    References:
+        Adebayo et al., Sanity Checks for Saliency Maps, NeurIPS 2018, section 3 (cascading randomization).
+    """
+    shuffled = copy.deepcopy(network)
+    generator = torch.Generator().manual_seed(seed)
+    parameters = list(shuffled.parameters())[::-1]
+    with torch.no_grad():
+        for parameter in parameters[: max(1, round(share * len(parameters)))]:
+            order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return shuffled
+
+
+def delete(image: Tensor, maps: Tensor, share: float) -> Tensor:
+    """Return the image with the pixels of the highest values replaced by the mean of their channel.
+
+    Args:
+        image: ``(views * C, *spatial)``.
+        maps: ``(views, *spatial)``; the order is over all views together.
+        share: of the pixels.
+    """
+    views = image.unflatten(0, (len(maps), -1))  # (views, C, *spatial)
+    number = round(share * maps.numel())
+    chosen = torch.zeros(maps.numel(), dtype=torch.bool)
+    chosen[torch.argsort(maps.flatten(), descending=True, stable=True)[:number]] = True
+    mean = views.flatten(2).mean(2).reshape(*views.shape[:2], *[1] * (views.ndim - 2))
+    return torch.where(chosen.view_as(maps)[:, None], mean, views).flatten(0, 1)
+
+
+def deletion_curve(
+    probability: Callable[[Sequence[Tensor]], np.ndarray], image: Tensor, maps: Tensor, batch_size: int = 16
+) -> np.ndarray:
+    """Return the probability of the class while more and more of the image is deleted, over ``DELETED_SHARES``.
+
+    References:
+        Petsiuk et al., RISE, BMVC 2018, section 4.2.
+    """
+    images = [delete(image, maps, share) for share in DELETED_SHARES]
+    return np.concatenate([probability(images[i : i + batch_size]) for i in range(0, len(images), batch_size)])
+
+
+def check_maps(
+    network: nn.Module,
+    probabilities: Callable[[Sequence[Tensor]], np.ndarray],
+    images: Sequence[Tensor],
+    classes: Sequence[int],
+    patients: Sequence[str],
+    explainer: ActivationMaps,
+    *,
+    seed: int = 0,
+    num_draws: int = 1000,
+    on_case: Callable[[], None] = lambda: None,
+) -> SanityChecks:
+    """Check the maps of some cases.
+
+    Args:
+        network: the network.
+        probabilities: inputs to probabilities ``(cases, classes)``.
+        images: inputs ``(C, *spatial)``.
+        classes: the class to explain, per image.
+        patients: of the images.
+        explainer: gives the maps.
+        seed: of shuffles, random maps and draws.
+        num_draws: of the bootstrap over patients.
+        on_case: called after every case.
+    """
+    others = {
+        share: ActivationMaps(shuffle_weights(network, share, seed), images[0], explainer.method, explainer.layer)
+        for share in SHUFFLED_SHARES
+    }
+    generator = torch.Generator().manual_seed(seed)
+    similarity: dict[float, list[float]] = {share: [] for share in others}
+    curves: dict[str, list[np.ndarray]] = {"map": [], "random": []}
+    for image, index in zip(images, classes, strict=True):
+
+        def probability(batch: Sequence[Tensor], index: int = index) -> np.ndarray:
+            return probabilities(batch)[:, index]
+
+        maps = explainer(image, index)
+        for share, other in others.items():
+            similarity[share].append(_rank_correlation(maps, other(image, index)))
+        curves["map"].append(deletion_curve(probability, image, maps))
+        drawn = []
+        for _ in range(NUM_RANDOM_MAPS):
+            # As coarse as the maps: single pixels at random would be another kind of damage.
+            noise = torch.rand(len(maps), 1, *explainer.map_size, generator=generator)
+            drawn.append(deletion_curve(probability, image, normalized(enlarge(noise, image.shape[1:]))))
+        curves["random"].append(np.mean(drawn, axis=0))
+        on_case()
+    areas = {name: trapezoid(np.array(rows), DELETED_SHARES, axis=1) for name, rows in curves.items()}
+    gain = areas["random"] - areas["map"]
+    correlations: Mapping[float, np.ndarray] = {share: np.array(values) for share, values in similarity.items()}
+
+    def figures(rows: np.ndarray) -> dict[str, float]:
+        return {"deletion": gain[rows].mean(), **{str(s): v[rows].mean() for s, v in correlations.items()}}
+
+    intervals = bootstrap(figures, list(patients), num_draws, seed=seed)
+    return SanityChecks(
+        {share: intervals[str(share)] for share in correlations},
+        intervals["deletion"],
+        {name: np.mean(rows, axis=0).tolist() for name, rows in curves.items()},
+        len(images),
+    )
+
+
+def _rank_correlation(first: Tensor, second: Tensor) -> float:
+    a, b = first.flatten().numpy(), second.flatten().numpy()
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 1.0 if np.ptp(a) == np.ptp(b) else 0.0  # an empty map is like another empty one only
+    return float(spearmanr(a, b).statistic)
