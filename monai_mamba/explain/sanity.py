@@ -56,7 +56,8 @@ class SanityChecks:
             {
                 "name": "Maps depend on the weights",
                 "figure": f"rank correlation with the maps of a shuffled network {shuffled.value:.2f} "
-                f"({shuffled.low:.2f} to {shuffled.high:.2f}), must be between -{MAX_SIMILARITY} and {MAX_SIMILARITY}; {self.num_cases} cases",
+                f"({shuffled.low:.2f} to {shuffled.high:.2f}), must be within -{MAX_SIMILARITY} and {MAX_SIMILARITY}; "
+                f"{self.num_cases} cases",
                 "passed": self.depends_on_weights,
             },
             {

@@ -75,12 +75,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report, top down: warnings, text, charts, legend, gallery, tables, a folded table, notes."""
+    """A part of the report, top down: warnings, text, charts, wide charts, legend, gallery, tables, notes."""
 
     title: str
     text: str = ""
     warnings: Sequence[str] = ()
     charts: Sequence[Picture] = ()
+    wide: Sequence[Picture] = ()
     legend: Mapping[str, str] = field(default_factory=dict)
     gallery: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
@@ -460,11 +461,11 @@ def _explanations(folder: Path, test: Predictions) -> list[Section]:
                 "May these maps be believed?",
                 warnings=[f"Not passed: {name}. Do not read the maps as evidence." for name in failed],
                 tables=[Table(["Check", "measured", "result"], rows, left=(0, 1))],
-                charts=_optional_picture(folder / "sanity.png", "Sanity checks of the maps"),
+                wide=_optional_picture(folder / "sanity.png", "Sanity checks of the maps"),
             )
         )
     sections += [
-        Section("How the network orders the cases", charts=pictures)
+        Section("How the network orders the cases", wide=pictures)
         for pictures in [_optional_picture(folder / "embeddings.png", "PCA and t-SNE of the last features")]
         if pictures
     ]
@@ -484,7 +485,7 @@ def _robustness(folder: Path, classes: Sequence[str]) -> Section:
     return Section(
         "Robustness",
         text=f"AUC on the cases as they are: {_interval(content['unchanged'][metric])}.",
-        charts=_optional_picture(folder / "curves.png", "All metrics over the severity"),
+        wide=_optional_picture(folder / "curves.png", "All metrics over the severity"),
         tables=[Table(["AUC with", *severities], rows)],
         notes=["What each severity means is in robustness.csv and docs/evaluation.md."],
     )
