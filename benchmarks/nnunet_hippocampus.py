@@ -12,7 +12,7 @@ All cases are used. The folds keep the two sides of a person together, so nobody
 gets the same plans file, fold and seed (of weights, sampling and augmentation; on a GPU two runs still differ). The
 validation cases of the fold take no part in training or in the choice of a checkpoint (the last one is used), so their
 predictions, which nnU-Net writes at the end, are the test: Dice, 95 % Hausdorff distance and surface Dice of
-``monai_mamba.quickstart.evaluation``, with 95 % bootstrap intervals from draws of persons, and for each trainer the
+``monai_mamba.evaluation.segmentation``, with 95 % bootstrap intervals from draws of persons, and for each trainer the
 paired difference to nnU-Net's own with its interval and Wilcoxon's signed-rank test over persons.
 
 Rows that the output file holds already are kept, so the run can be cut at any time and goes on where it stopped.
@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai_mamba.quickstart.evaluation import METRICS, SURFACE_DICE_TOLERANCE_MM, evaluate_folder
 from nnunet_runs import TRAINERS, Job, cases_by_person, person_of, provenance, write_raw
 
 from monai_mamba.evaluation.bootstrap import Interval, bootstrap
+from monai_mamba.evaluation.segmentation import METRICS, SURFACE_DICE_TOLERANCE_MM, Labels, evaluate_folder
 from monai_mamba.networks.counting import count
 
 DATASET_ID = 905
@@ -186,7 +186,9 @@ def measure(
     splits = json.loads((job.work / "preprocessed" / DATASET / "splits_final.json").read_text())
     for case in splits[fold]["val"]:
         shutil.copy(job.work / "raw" / DATASET / "labelsTr" / f"{case}.nii.gz", references)
-    evaluation = evaluate_folder(results / "validation", references, {v: k for k, v in structures.items()})
+    evaluation = evaluate_folder(
+        results / "validation", references, Labels({name: (value,) for name, value in structures.items()})
+    )
     return {
         "trainer": name,
         "fold": fold,
@@ -199,7 +201,7 @@ def measure(
         "peak_rss_bytes": peak_bytes,
         **json.loads((results / "measured.json").read_text()),
         "cases": {
-            case: {evaluation.labels[label]: [getattr(score, m) for m in METRICS] for label, score in scores.items()}
+            case: {name: [getattr(score, m) for m in METRICS] for name, score in scores.items()}
             for case, scores in evaluation.cases.items()
         },
     }
