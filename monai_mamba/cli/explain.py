@@ -11,23 +11,23 @@ import typer
 
 from monai_mamba.cli.parsing import parse_argument
 
-Model = Annotated[Path, typer.Argument(help="Trained bundle, with configs/inference.json and models/model.pt.")]
 Data = Annotated[Path, typer.Argument(help="Folder with a datalist.json (or, to explain only, with images).")]
+Model = Annotated[Path, typer.Option("--model", "-m", help="Trained bundle, or its folder models.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="New or empty folder for the results.")]
 SectionName = Annotated[str, typer.Option(help="Section of the data set: training, validation or test.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only so many cases, evenly spaced.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Cases per pass.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: the GPU if there is one.")]
-Override = Annotated[
+Arguments = Annotated[
     list[str] | None,
-    typer.Option("--override", help="ID=VALUE of the bundle's configuration, e.g. network_def#dims=48. Repeatable."),
+    typer.Option("--argument", "-a", help="Entry of the bundle's inference.json, e.g. -a network_def#dims=48."),
 ]
 
 
 def explain(
-    model: Model,
     data: Data,
+    model: Model,
     output: Output,
     section: SectionName = "test",
     method: Annotated[str, typer.Option(help="gradcam or gradcam++.")] = "gradcam",
@@ -44,7 +44,7 @@ def explain(
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     device: Device = None,
-    override: Override = None,
+    argument: Arguments = None,
 ) -> None:
     """Show where a trained classifier looks: Grad-CAM pictures, sanity checks, PCA and t-SNE of its features."""
     from monai_mamba.explain.run import explain as run
@@ -53,7 +53,7 @@ def explain(
         summary = run(
             model, data, output, section=section, method=method, layer=layer, target=target, chosen=case or [],
             num_pictures=pictures, num_checks=checks, limit=limit, batch_size=batch_size, seed=seed, device=device,
-            overrides=_overrides(override), on_progress=on_progress,
+            overrides=_overrides(argument), on_progress=on_progress,
         )  # fmt: skip
     size = " x ".join(map(str, summary["map_size"]))
     typer.echo(
@@ -65,8 +65,8 @@ def explain(
 
 
 def robustness(
-    model: Model,
     data: Data,
+    model: Model,
     output: Output,
     section: SectionName = "test",
     perturbation: Annotated[
@@ -78,7 +78,7 @@ def robustness(
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     device: Device = None,
-    override: Override = None,
+    argument: Arguments = None,
 ) -> None:
     """Measure a trained classifier on worse images: eight perturbations at five severities, all six metrics.
 
@@ -89,7 +89,7 @@ def robustness(
     with _reported_errors(), _progress() as on_progress:
         summary = measure_robustness(
             model, data, output, section=section, names=perturbation or [], limit=limit, batch_size=batch_size,
-            num_draws=draws, level=level, seed=seed, device=device, overrides=_overrides(override),
+            num_draws=draws, level=level, seed=seed, device=device, overrides=_overrides(argument),
             on_progress=on_progress,
         )  # fmt: skip
     _show(summary)
@@ -111,7 +111,7 @@ def _show(summary: dict[str, Any]) -> None:
 
 
 def _overrides(texts: list[str] | None) -> dict[str, Any]:
-    return dict(parse_argument(text, "--override") for text in texts or [])
+    return dict(parse_argument(text) for text in texts or [])
 
 
 @contextmanager

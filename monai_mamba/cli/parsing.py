@@ -21,7 +21,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def parse_argument(text: str, option: str = "--argument") -> tuple[str, Any]:
+def parse_argument(text: str) -> tuple[str, Any]:
     """Read ``NAME=VALUE``; the value is a Python literal or a word.
 
     Raises:
@@ -29,7 +29,7 @@ def parse_argument(text: str, option: str = "--argument") -> tuple[str, Any]:
     """
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise ValueError(f"`{option}` must be NAME=VALUE, e.g. num_classes=6, got {text!r}")
+        raise ValueError(f"`--argument` must be NAME=VALUE, e.g. num_classes=6, got {text!r}")
     try:
         return name, ast.literal_eval(value)
     except (SyntaxError, ValueError):

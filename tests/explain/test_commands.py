@@ -22,14 +22,14 @@ from tests.trained_bundles import make_trained
 
 @pytest.fixture(scope="module")
 def explained(blobs):
-    arguments = ["explain", str(blobs / "medmamba"), str(blobs / "data"), "-o", str(blobs / "explained")]
+    arguments = ["explain", str(blobs / "data"), "-m", str(blobs / "medmamba"), "-o", str(blobs / "explained")]
     assert main([*arguments, "--pictures", "3", "--checks", "4"]) == 0
     return blobs / "explained"
 
 
 @pytest.fixture(scope="module")
 def measured(blobs):
-    arguments = ["robustness", str(blobs / "medmamba"), str(blobs / "data"), "-o", str(blobs / "measured")]
+    arguments = ["robustness", str(blobs / "data"), "-m", str(blobs / "medmamba"), "-o", str(blobs / "measured")]
     assert main([*arguments, "--draws", "20"]) == 0
     return blobs / "measured"
 
@@ -125,25 +125,32 @@ def fails(arguments, code, text, capsys):
 def test_bad_input_gives_one_error_and_leaves_nothing(blobs, tmp_path, capsys):
     model, data, out = blobs / "medmamba", blobs / "data", tmp_path / "out"
     for command in ("explain", "robustness"):
-        fails([command, tmp_path, data, "-o", out], 1, "is no bundle", capsys)
-        fails([command, model, tmp_path / "none", "-o", out], 1, "holds neither a datalist.json nor a picture", capsys)
+        fails([command, data, "-m", tmp_path, "-o", out], 1, "is no bundle", capsys)
+        fails(
+            [command, tmp_path / "none", "-m", model, "-o", out],
+            1,
+            "holds neither a datalist.json nor a picture",
+            capsys,
+        )
         write_blobs(tmp_path / command, 6, seed=1)
         (tmp_path / command / "images" / "03_0.png").write_bytes(b"no picture")
-        fails([command, model, tmp_path / command, "-o", out], 1, "03_0.png: cannot be read as a picture", capsys)
+        fails([command, tmp_path / command, "-m", model, "-o", out], 1, "03_0.png: cannot be read as a picture", capsys)
         manifest = json.loads((data / "datalist.json").read_text()) | {"classes": ["yes", "no"]}
         shutil.copytree(data, tmp_path / f"{command}-classes")
         (tmp_path / f"{command}-classes" / "datalist.json").write_text(json.dumps(manifest))
-        fails([command, model, tmp_path / f"{command}-classes", "-o", out], 1, "has the classes yes, no", capsys)
-    fails(["explain", model, data, "-o", out, "--target", "cat"], 2, "`target` must be one of empty, blob", capsys)
-    fails(["explain", model, data, "-o", out, "--case", "x"], 2, "names the case x", capsys)
-    fails(["robustness", model, data, "-o", out, "-p", "fog"], 2, "`names` must be out of rotation", capsys)
-    fails(["robustness", model, data / "images", "-o", out], 1, "has no label", capsys)
-    fails(["robustness", model, data, "-o", out, "-p", "color_temperature"], 1, "all images are gray", capsys)
+        fails([command, tmp_path / f"{command}-classes", "-m", model, "-o", out], 1, "has the classes yes, no", capsys)
+    fails(
+        ["explain", data, "-m", model, "-o", out, "--target", "cat"], 2, "`target` must be one of empty, blob", capsys
+    )
+    fails(["explain", data, "-m", model, "-o", out, "--case", "x"], 2, "names the case x", capsys)
+    fails(["robustness", data, "-m", model, "-o", out, "-p", "fog"], 2, "`names` must be out of rotation", capsys)
+    fails(["robustness", data / "images", "-m", model, "-o", out], 1, "has no label", capsys)
+    fails(["robustness", data, "-m", model, "-o", out, "-p", "color_temperature"], 1, "all images are gray", capsys)
     assert not out.exists()
     assert not list(tmp_path.glob(".writing-*"))
     out.mkdir()
     (out / "mine.txt").write_text("keep")
-    fails(["explain", model, data, "-o", out], 2, "is not empty", capsys)
+    fails(["explain", data, "-m", model, "-o", out], 2, "is not empty", capsys)
     assert [f.name for f in out.iterdir()] == ["mine.txt"]
 
 
@@ -151,10 +158,10 @@ def test_model_of_another_task_is_refused(blobs, tmp_path, capsys):
     bundle = shutil.copytree(blobs / "medmamba", tmp_path / "landmarks")
     config = bundle / "configs" / "inference.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "task": "landmarks"}))
-    fails(["explain", bundle, blobs / "data", "-o", tmp_path / "out"], 1, "is a model for landmarks", capsys)
+    fails(["explain", blobs / "data", "-m", bundle, "-o", tmp_path / "out"], 1, "is a model for landmarks", capsys)
     two = make_trained("xfmamba", tmp_path)
     shutil.copy(blobs / "medmamba" / "models" / "model.json", two / "models" / "model.json")
-    fails(["explain", two, blobs / "data", "-o", tmp_path / "out"], 1, "has no `image1` nor `image2`", capsys)
+    fails(["explain", blobs / "data", "-m", two, "-o", tmp_path / "out"], 1, "has no `image1` nor `image2`", capsys)
 
 
 def test_folder_without_labels_is_explained(blobs, tmp_path):
