@@ -218,13 +218,15 @@ def write_nifti(path: os.PathLike[str] | str, data: np.ndarray, affine: np.ndarr
     image.set_qform(affine, 1)
     if not max_distance_mm(data.shape, image.get_qform(), affine) <= 1e-3:
         image.set_qform(None, 0)
-    content = image.to_bytes()
+    image.header.set_slope_inter(1, 0)
+    image.header["magic"], image.header["vox_offset"] = b"n+1", 352
+    parts = [image.header.binaryblock + bytes(4), np.asarray(data, image.get_data_dtype()).tobytes(order="F")]
     with open(path, "wb") as file:
         if str(path).endswith(".gz"):
             packer = _packer(data)
-            file.write(packer.compress(content))
+            file.writelines(packer.compress(part) for part in parts)
             file.write(packer.flush())
         else:
-            file.write(content)
+            file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())

@@ -85,7 +85,7 @@ def volume(job: Job) -> Outcome:
         problem = difference_to_dcm2niix(job, data, affine)
         if problem:
             notes.append(f"dcm2niix was not used ({problem})")
-    if is_padding.any() and not is_padding.all():
+    if is_padding is not None and is_padding.any() and not is_padding.all():
         data[is_padding] = max(data[~is_padding].min(), -1024)
         notes.append("padding outside of the field of view was set to air")
     is_resampled = bool(params.get("repair"))
@@ -346,7 +346,7 @@ def _native_pixels(dataset: Any) -> np.ndarray | None:
 
 def read_slices(
     reader: SliceReader, shape: tuple[int, ...], affine: np.ndarray, positions: list[list[float]], repair: str
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Decode all slices and prove, for each, that its own header puts it where the affine does.
 
     Args:
@@ -358,13 +358,13 @@ def read_slices(
 
     Returns:
         Values ``(columns, rows, slices)`` in the smallest of int16, uint16, int32 and float32 that holds them exactly,
-        and where they are padding.
+        and where they are padding, if anywhere.
 
     Raises:
         DicomReadError: a slice has another size or place than planned.
     """
     data = np.empty(shape, dtype=np.int16, order="F")
-    is_padding = np.zeros(shape, dtype=bool, order="F")
+    is_padding = None
     for number in range(shape[2]):
         check_position(reader, number, affine, shape, positions[number], repair)
         plane = reader.values(number)
@@ -380,6 +380,8 @@ def read_slices(
             slope, intercept = reader.rescale(number)
             low, high = sorted(value * slope + intercept for value in span)
             # Only what lies below air: a padding value inside the range of tissue cannot be told from tissue.
+            if is_padding is None:
+                is_padding = np.zeros(shape, dtype=bool, order="F")
             is_padding[:, :, number] = ((plane >= low) & (plane <= high) & (plane < -1024)).T
     return data, is_padding
 
@@ -474,17 +476,27 @@ def difference_to_dcm2niix(job: Job, data: np.ndarray, affine: np.ndarray) -> st
             nifti = open_nifti(made[0], "sform")
             if nifti.num_channels != 1:
                 return "converter-split"
-            found, place = to_dicom_order(nifti.read(), nifti.grid.affine, affine)  # type: ignore[arg-type]
+            assert nifti.grid.affine is not None
+            scaling = nifti.image.dataobj
+            raw = np.asanyarray(scaling.get_unscaled()).reshape(nifti.grid.shape)
+            found, place = to_dicom_order(raw, nifti.grid.affine, affine)
         except CaseError as error:
             return error.reason
         if found.shape != data.shape:
             return "size-differs"
         if not max_distance_mm(data.shape, place, affine) <= 5 * TOLERANCE_MM:
             return "affine-differs"
-        if found.dtype.kind in "iu" and data.dtype.kind in "iu":
-            return "" if np.array_equal(found, data) else "voxels-differ"
-        scale = max(float(np.abs(data).max()), 1e-6)
-        return "" if np.allclose(found, data, rtol=0, atol=1e-5 * scale) else "voxels-differ"
+        slope, offset = float(scaling.slope), float(scaling.inter)
+        is_exact = {found.dtype.kind, data.dtype.kind} <= {"i", "u"} and slope == 1 and offset == int(offset)
+        scale = 0.0 if is_exact else 1e-5 * max(float(np.abs(data).max()), 1e-6)
+        for number in range(data.shape[2]):
+            # Slice by slice, in integers where possible: the whole volume in float64 would cost more than all else.
+            plane = found[:, :, number]
+            plane = plane.astype(np.int32) + int(offset) if is_exact else plane * slope + offset
+            wanted = data[:, :, number]
+            if not (np.array_equal(plane, wanted) if is_exact else np.abs(plane - wanted).max() <= scale):
+                return "voxels-differ"
+        return ""
 
 
 def to_dicom_order(data: np.ndarray, affine: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -133,6 +133,8 @@ def planes(dataset: pydicom.Dataset) -> list[tuple[np.ndarray, np.ndarray, np.nd
                     for item in element.value or []:
                         merged.update(item)
             groups.append(merged)
+    if "PhotometricInterpretation" not in dataset:
+        dataset.PhotometricInterpretation = "MONOCHROME2"
     try:
         stored = dataset.pixel_array
     except RuntimeError:  # no plugin for lossless JPEG; SimpleITK would have applied a rescale, which MR has not
