@@ -140,21 +140,37 @@ def _voi_range(dataset: Any, window: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
+#: a picture is analyzed on at most this many pixels a side, so that the result does not depend on the resolution
+_COARSE = 512
+#: tissue is brighter than the background by this share of the way to the median tissue
+_TISSUE_SHARE = 0.15
+#: strips thinner than twice this share of the longer side (borders of the film) are no tissue
+_STRIP_SHARE = 0.012
+
+
 def breast_box(pixels: np.ndarray) -> tuple[int, int, int, int]:
     """Rows and columns (top, bottom, left, right) of the breast in a mammogram.
 
-    The largest connected bright region on a copy of at most 512 pixels (so that the result does not depend on the
-    resolution), above Otsu's threshold of its logarithm; labels burned into a corner are smaller regions and drop out.
-    Two percent of the longer side are left as margin.
+    Otsu's threshold tells tissue from background roughly; the limit is then put just above the median background, which
+    on films is far from zero. Strips along the border are opened away, and of the regions left the largest is the
+    breast: labels burned into a corner are smaller and drop out. Two percent of the longer side are left as margin.
     """
+    from scipy.ndimage import binary_opening
     from skimage.filters import threshold_otsu
     from skimage.measure import label, regionprops
 
-    step = max(1, max(pixels.shape) // 512)
-    small = np.log1p(pixels[::step, ::step].astype(np.float32))
+    step = max(1, -(-max(pixels.shape) // _COARSE))
+    small = pixels[::step, ::step].astype(np.float32)
+    whole = 0, pixels.shape[0], 0, pixels.shape[1]
     if small.max() <= small.min():
-        return 0, pixels.shape[0], 0, pixels.shape[1]
-    regions = regionprops(label(small > threshold_otsu(small)))
+        return whole
+    is_bright = small > threshold_otsu(small)
+    background, tissue = np.median(small[~is_bright]), np.median(small[is_bright])
+    is_tissue = small > background + _TISSUE_SHARE * (tissue - background)
+    opened = binary_opening(is_tissue, iterations=max(1, round(_STRIP_SHARE * max(small.shape))))
+    regions = regionprops(label(opened))
+    if not regions:
+        return whole
     top, left, bottom, right = max(regions, key=lambda region: region.area).bbox
     margin = round(0.02 * max(pixels.shape))
     return (

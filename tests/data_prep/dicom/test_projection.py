@@ -76,6 +76,24 @@ def test_breast_box_leaves_out_the_label_at_any_resolution():
         assert abs(top - 54) < 4 and abs(bottom - 246) < 4 and left == 0 and abs(right - 96) < 4
 
 
+def film(scale: int) -> np.ndarray:
+    """A breast of 180 x 90 at the left edge of a film: gray base, white borders, a label, a patch of zeros."""
+    image = np.full((300, 200), 8000, np.float64) + np.random.default_rng(0).normal(0, 200, (300, 200))
+    rows, columns = np.mgrid[:300, :200]
+    depth = 1 - ((rows - 150) / 90) ** 2 - (columns / 90) ** 2
+    image += np.where(depth > 0, 12000 + 30000 * np.clip(depth, 0, 1), 0)
+    image[295:] = image[:, 196:] = 65535
+    image[10:20, 150:190] = 65535
+    image[100:160, 170:190] = 0
+    return np.clip(image, 0, 65535).astype(np.uint16).repeat(scale, 0).repeat(scale, 1)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 11])
+def test_breast_box_on_film_with_gray_base_and_white_borders(scale):
+    top, bottom, left, right = np.array(breast_box(film(scale))) / scale
+    assert abs(top - 54) <= 3 and abs(bottom - 246) <= 3 and left == 0 and abs(right - 96) <= 3
+
+
 def test_color_is_refused():
     image = _image(RAMP)
     image.NumberOfFrames = "2"
