@@ -146,6 +146,7 @@ def convert(
     _check_folders(inputs, out)
     private = private or private_folder(out)
     pseudonyms = Pseudonyms(read_secret(key_file), source.identifiers)
+    is_new = not private.exists()
     if not dry_run:
         make_private(private)
     with _unpacked(inputs, None if dry_run else private / f"unpacked-{part[0]}-of-{part[1]}") as folders:
@@ -154,6 +155,11 @@ def convert(
         tree = Tree(folders, None if dry_run else private / f"index-{part[0]}-of-{part[1]}.sqlite")
         try:
             plan = make_plan(source, tree, pseudonyms, layout, folds, seed)
+        except MonaiMambaError:
+            # A refused input leaves nothing behind but facts that took time to read.
+            if is_new and not dry_run and not tree.num_facts:
+                shutil.rmtree(private, ignore_errors=True)
+            raise
         finally:
             tree.close()
         if dry_run:

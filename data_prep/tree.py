@@ -268,6 +268,11 @@ class Tree:
         """
         return self._cache.get(path, self.stamp(path), version, lambda: read(self.absolute(path)))
 
+    @property
+    def num_facts(self) -> int:
+        """Number of facts that were read anew."""
+        return self._cache.num_read
+
     def close(self) -> None:
         self._cache.close()
 
@@ -278,6 +283,7 @@ class FactCache:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._pending = 0
+        self.num_read = 0
         try:
             self._db = self._open()
         except sqlite3.DatabaseError:
@@ -298,6 +304,7 @@ class FactCache:
         if found and found[0] == mark:
             return json.loads(found[1])
         value = read()
+        self.num_read += 1
         self.put(path, mark, value)
         return value
 

@@ -201,6 +201,7 @@ def test_wrong_folder_is_one_line_and_exit_2(tmp_path, capsys):
     write_bytes(tmp_path / "in" / "a.txt")
     assert main(["brats", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith("error: the input holds no file of BraTS")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.mark.slow
