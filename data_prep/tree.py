@@ -235,10 +235,13 @@ class Tree:
         """Cells of the first line of a CSV file, to tell a header from data.
 
         Raises:
-            DatasetError: not text.
+            DatasetError: not text, or not a table.
         """
-        line = self._text(path).lstrip().split("\n", 1)[0]
-        return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter), [])]
+        try:
+            reader = csv.reader(io.StringIO(self._text(path).lstrip(), newline=""), delimiter=delimiter)
+            return [cell.strip() for cell in next(reader, [])]
+        except csv.Error as error:
+            raise DatasetError(f"{PurePosixPath(path).name} is not a valid table: {error}.") from error
 
     def _text(self, path: str) -> str:
         data = self.read_bytes(path)

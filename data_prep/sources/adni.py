@@ -27,8 +27,8 @@ _TABLES = {
     "dxsum": re.compile(f"DXSUM(_PDXCONV_ADNIALL)?{_DATED}", re.IGNORECASE),
 }
 _PTID = re.compile(r"(?<!\d)(\d{3})_S_(\d{4,5})(?!\d)")
-_IMAGE = re.compile(r"_I(\d+)\.(dcm|ima|nii|nii\.gz|xml)$", re.IGNORECASE)
-_FOLDER = re.compile(r"/I(\d+)/[^/]+$")
+_IMAGE = re.compile(r"_I(\d{1,12})\.(dcm|ima|nii|nii\.gz|xml)$", re.IGNORECASE)
+_FOLDER = re.compile(r"/I(\d{1,12})/[^/]+$")
 _GROUPS = {
     "cn": "CN", "nl": "CN", "nc": "CN", "smc": "CN", "mci": "MCI", "emci": "MCI", "lmci": "MCI", "ad": "AD",
     "dementia": "AD",
@@ -220,7 +220,7 @@ class Adni(VolumeOptions, Source):
         """Image files and brain masks by image id."""
         files: dict[int, list[str]] = defaultdict(list)
         masks: dict[int, list[str]] = defaultdict(list)
-        mask = re.compile(rf"_I(\d+){re.escape(self.mask_suffix)}\.nii(\.gz)?$", re.IGNORECASE)
+        mask = re.compile(rf"_I(\d{{1,12}}){re.escape(self.mask_suffix)}\.nii(\.gz)?$", re.IGNORECASE)
         for path in tree.match("**/*"):
             name = PurePosixPath(path).name
             if self.mask_suffix and (match := mask.search(name)):
@@ -432,7 +432,7 @@ def _read_collections(tree: Tree, book: Book, paths: Iterable[str]) -> dict[int,
     rows: dict[int, Row] = {}
     for path in paths:
         for row in read_rows(tree, book, path, required=COLLECTION_COLUMNS):
-            match = re.fullmatch(r"[Ii]?(\d+)", row["Image Data ID"])
+            match = re.fullmatch(r"[Ii]?(\d{1,12})", row["Image Data ID"])
             if not match:
                 book.fail(row.ref, "bad-image-id", "Image Data ID is not a number with or without I")
                 continue
@@ -482,7 +482,7 @@ def read_dxsum(tree: Tree, book: Book, path: str) -> dict[int, Subject]:
     subjects: dict[int, Subject] = defaultdict(Subject)
     for row in read_rows(tree, book, path, required=["Phase", "RID", "VISCODE"], rename=rename):
         text = row["RID"].removesuffix(".0")
-        rid = int(text) if text.isdecimal() else _rid(row.get("PTID"))
+        rid = int(text) if text.isdecimal() and len(text) < 10 else _rid(row.get("PTID"))
         if rid is None:
             book.fail(row.ref, "bad-subject", "RID is not a number")
             continue
@@ -516,7 +516,7 @@ def read_dxsum(tree: Tree, book: Book, path: str) -> dict[int, Subject]:
 def _dxsum_group(row: Row) -> str | None:
     for column, codes in (("DIAGNOSIS", _DIAGNOSIS), ("DXCHANGE", _DXCHANGE), ("DXCURREN", _DIAGNOSIS)):
         text = row.get(column).removesuffix(".0").lower()
-        if text.isdecimal() and int(text) in codes:
+        if text.isdecimal() and len(text) < 4 and int(text) in codes:
             return codes[int(text)]
         if text in _GROUPS:
             return _GROUPS[text]

@@ -93,9 +93,7 @@ class Feta(Source):
         """Rows of participants.tsv, which need not be there."""
         people: dict[str, Row] = {}
         for path in tree.match("participants.tsv", "*/participants.tsv"):
-            for row in read_rows(tree, book, path, required=["participant_id"], delimiter="\t", rename=_IDS):
-                if people.setdefault(row["participant_id"], row) is not row:
-                    book.skip(row.ref, "duplicate", "the subject is listed already")
+            people |= _rows_by_subject(tree, book, path, ["participant_id"])
         return people
 
     def _settle_rows(self, book: Book, rows: Mapping[str, Row], images: Mapping[str, Any]) -> None:
@@ -164,10 +162,7 @@ class Feta(Source):
         self, tree: Tree, book: Book, images: dict[str, str], people: dict[str, Row], measures: Sequence[str]
     ) -> None:
         table = tree.one("**/biometry.tsv", what="biometry.tsv (derivatives/biometry)")
-        lengths = {
-            row["participant_id"]: row
-            for row in read_rows(tree, book, table, required=["participant_id", *MEASURES], delimiter="\t", rename=_IDS)
-        }
+        lengths = _rows_by_subject(tree, book, table, ["participant_id", *MEASURES])
         masks = _by_subject(book, tree.match("**/*_meas.nii*"), "measurement")
         transforms = _by_subject(book, tree.match("**/*_trf.txt"), "transform")
         self._settle_rows(book, people, images)
@@ -210,6 +205,16 @@ _CREDITS: dict[str, Any] = {
     "license": "see the publisher's terms",
     "reference": "FeTA challenge; Payette et al., Scientific Data 8:167, 2021; biometry: Zenodo 11192452",
 }
+
+
+def _rows_by_subject(tree: Tree, book: Book, path: str, required: Sequence[str]) -> dict[str, Row]:
+    """The only row of each subject; of several all fail."""
+    rows: dict[str, list[Row]] = defaultdict(list)
+    for row in read_rows(tree, book, path, required=required, delimiter="\t", rename=_IDS):
+        rows[row["participant_id"]].append(row)
+    for subject in [subject for subject, members in rows.items() if len(members) > 1]:
+        book.fail([row.ref for row in rows.pop(subject)], "ambiguous-row", "several rows of one subject")
+    return {subject: members[0] for subject, members in rows.items()}
 
 
 def _by_subject(book: Book, paths: Sequence[str], what: str) -> dict[str, str]:
@@ -289,22 +294,53 @@ def to_original_space(path: Path, points: Sequence[Point]) -> list[Point]:
     Raises:
         CaseError: not an ITK transform, or not a rigid one.
     """
-    import SimpleITK as sitk
-
-    try:
-        if path.stat().st_size > _MAX_TRANSFORM_BYTES or not path.read_bytes().startswith(b"#Insight Transform File"):
-            raise CaseError("damaged-transform", "the file is not an ITK transform in text form")
-        transform = sitk.ReadTransform(str(path))
-        if transform.GetDimension() != 3:
-            raise CaseError("damaged-transform", "the transform is not of three dimensions")
-        signs = np.diag(LPS_TO_RAS)[:3]
-        moved = [_point(np.array(transform.TransformPoint([float(x) for x in signs * p])) * signs) for p in points]
-    except (RuntimeError, OSError) as error:
-        raise CaseError("damaged-transform", "the transform cannot be read") from error
+    transform = _read_transform(path)
+    signs = np.diag(LPS_TO_RAS)[:3]
+    moved = [_point(np.array(transform.TransformPoint([float(x) for x in signs * p])) * signs) for p in points]
     for (first, to_first), (second, to_second) in itertools.combinations(zip(points, moved, strict=True), 2):
         if abs(math.dist(first, second) - math.dist(to_first, to_second)) > 0.01 * math.dist(first, second) + 0.05:
             raise CaseError("not-rigid", "the transform changes distances by more than 1 %")
     return moved
+
+
+def _read_transform(path: Path) -> Any:
+    """The only transform of an ITK file in text form.
+
+    ITK's own reader ends the process on some damaged files, so the text is read here and handed over as numbers.
+    """
+    import SimpleITK as sitk
+
+    kinds = {
+        "AffineTransform": (sitk.AffineTransform, 12),
+        "MatrixOffsetTransformBase": (sitk.AffineTransform, 12),
+        "Euler3DTransform": (sitk.Euler3DTransform, 6),
+        "VersorRigid3DTransform": (sitk.VersorRigid3DTransform, 6),
+    }
+    try:
+        if path.stat().st_size > _MAX_TRANSFORM_BYTES:
+            raise CaseError("damaged-transform", "the file is too large for a transform")
+        text = path.read_bytes().decode("ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CaseError("damaged-transform", "the transform cannot be read") from error
+    lines = [line.partition(":") for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    values = {name.strip(): value.split() for name, _, value in lines}
+    if not text.startswith("#Insight Transform File") or len(lines) != len(values) or len(lines) != 3:
+        raise CaseError("damaged-transform", "the file does not hold one ITK transform in text form")
+    kind = values.get("Transform", [""])[0].split("_")
+    if kind[0] not in kinds or kind[1:] not in (["double", "3", "3"], ["float", "3", "3"]):
+        raise CaseError("damaged-transform", f"the transform is none of {', '.join(kinds)} of three dimensions")
+    make, count = kinds[kind[0]]
+    try:
+        parameters = [float(value) for value in values["Parameters"]]
+        fixed = [float(value) for value in values["FixedParameters"]]
+        if not all(map(math.isfinite, parameters + fixed)) or len(parameters) != count or len(fixed) not in (3, 4):
+            raise ValueError
+        transform = make() if make is not sitk.AffineTransform else sitk.AffineTransform(3)
+        transform.SetFixedParameters(fixed if make is sitk.Euler3DTransform else fixed[:3])
+        transform.SetParameters(parameters)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CaseError("damaged-transform", "the parameters of the transform cannot be used") from error
+    return transform
 
 
 def _point(values: np.ndarray) -> Point:

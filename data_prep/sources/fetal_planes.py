@@ -64,7 +64,7 @@ class FetalPlanes(PictureSource):
                 meta = {"machine": row.get("US_Machine"), "operator": row.get("Operator"), "plane": row["Plane"]}
                 split = _PARTS[row["Train"]]
                 number = row["Patient_num"]
-                group = f"Patient{int(number):05d}" if number.isdecimal() else number
+                group = f"Patient{int(number):05d}" if number.isdecimal() and len(number) < 10 else number
                 name = PurePosixPath(files[0]).stem
                 pictures.append(Picture(files[0], indices[plane], name, group, split, (row.ref,), meta))
             seen.add(stem)

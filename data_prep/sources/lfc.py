@@ -14,6 +14,7 @@ from data_prep.book import Book
 from data_prep.errors import CaseError, UsageError
 from data_prep.markups import System, read_lines
 from data_prep.model import Case, Description, Form, Make, OfficialSplit, Ref, Source
+from data_prep.tables import read_rows
 from data_prep.tree import Row, Tree
 
 #: measures by the number of their file
@@ -102,9 +103,8 @@ class Lfc(Source):
         if not found:
             return {}
         path = tree.one("**/gestational_age_samples.csv", what="gestational_age_samples.csv")
-        book.use(path)
         rows: dict[Key, Row] = {}
-        for row in tree.table(path, required=["Sample_ID", "Gestational_Age_Weeks", "Split"]):
+        for row in read_rows(tree, book, path, required=["Sample_ID", "Gestational_Age_Weeks", "Split"]):
             mode = row["Split"].lower()
             key = (_mode(mode), _number(row["Sample_ID"]))
             if mode not in _PARTS or key in rows:
@@ -121,7 +121,7 @@ def _mode(name: str) -> str:
 
 def _number(text: str) -> str:
     """Ids are integers, written with and without leading zeros."""
-    return f"{int(text):03d}" if text.isdecimal() else text
+    return f"{int(text):03d}" if text.isdecimal() and len(text) < 19 else text
 
 
 def landmark_names(measures: tuple[str, ...]) -> tuple[str, ...]:

@@ -45,3 +45,17 @@ def test_missing_column_is_named(tmp_path):
 def test_first_cells_tell_a_header_from_data(tmp_path):
     _, _, tree = _read(tmp_path, "\ufeffx/y.png,1\nz,0\n", required=[], columns=["path", "label"])
     assert tree.first_cells("t.csv") == ["x/y.png", "1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "cells"),
+    [("a, b\r\n1,2", ["a", "b"]), ("", []), ('\n"a\nb",c\n', ["a\nb", "c"]), ("a\x00b", None), ("x" * 200_000, None)],
+    ids=["header", "empty", "line break in a name", "NUL", "a field without end"],
+)
+def test_first_cells_of_anything_are_cells_or_one_error(tmp_path, text, cells):
+    (tmp_path / "t.csv").write_text(text, newline="")
+    if cells is None:
+        with pytest.raises(DatasetError):
+            Tree([tmp_path]).first_cells("t.csv")
+    else:
+        assert Tree([tmp_path]).first_cells("t.csv") == cells

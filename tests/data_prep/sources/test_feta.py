@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 from data_prep.check import check_data_set
 from data_prep.errors import UsageError
-from data_prep.sources.feta import MEASURES, Feta
+from data_prep.sources.feta import MEASURES, Feta, to_original_space
 from tests.data_prep.factories import (
     convert_tree,
     report_lines,
@@ -123,6 +123,17 @@ def test_feta_measures_that_all_have_keep_all(tmp_path):
         convert_tree(Feta(measures="ADV"), tmp_path / "in", tmp_path / "other")
 
 
+def test_feta_several_rows_of_one_subject_are_refused(tmp_path):
+    root = feta_tree(tmp_path / "in")
+    path = root / "derivatives/biometry/biometry.tsv"
+    text = path.read_text().splitlines()
+    path.write_text("\n".join([*text, text[1].replace("\t", "\t1")]))
+    assert convert_tree(Feta(measures="TCD"), root, tmp_path / "out") == 3
+    lines = report_lines(tmp_path / "out")
+    assert {lines["row", "derivatives/biometry/biometry.tsv", n] for n in ("1", "4")} == {("failed", "ambiguous-row")}
+    assert sorted(entries(tmp_path / "out")[0]) == ["sub-002", "sub-041"]
+
+
 def _rewrite(name, change):
     def damage(root):
         path = root / "derivatives/biometry" / name
@@ -149,6 +160,24 @@ def _scaled(path):
 
 
 MEAS, TRF = "sub-001/anat/sub-001_rec-mial_meas.nii.gz", "sub-001/anat/sub-001_rec-mial_trf.txt"
+
+
+@pytest.mark.parametrize("kind", ["Euler3D", "VersorRigid3D", "Affine", "MatrixOffsetTransformBase"])
+def test_transforms_of_every_kind_are_those_of_itk(tmp_path, kind):
+    euler, path = rigid(), tmp_path / "x_trf.txt"
+    euler.SetCenter((3.0, -5.0, 7.0))
+    transform = euler
+    if kind != "Euler3D":
+        transform = sitk.VersorRigid3DTransform() if kind == "VersorRigid3D" else sitk.AffineTransform(3)
+        transform.SetCenter(euler.GetCenter())
+        transform.SetMatrix(euler.GetMatrix())
+        transform.SetTranslation(euler.GetTranslation())
+    sitk.WriteTransform(transform, str(path))
+    path.write_text(path.read_text().replace("AffineTransform_", f"{kind}_" if "Base" in kind else "AffineTransform_"))
+    points = [(1.0, 2.0, 3.0), (-20.0, 15.0, 40.0)]
+    signs = np.array([-1, -1, 1])
+    wanted = [np.array(euler.TransformPoint((signs * p).tolist())) * signs for p in points]
+    np.testing.assert_allclose(to_original_space(path, points), wanted, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,15 @@ def test_lfc_row_without_image_fails_and_wrong_folder_is_one_error(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_lfc_row_cut_short_fails_alone(tmp_path):
+    root = lfc_tree(tmp_path / "in", only="train")
+    (root / "gestational_age_samples.csv").write_text("Sample_ID,Gestational_Age_Weeks,Split\n1,24.1,train\n2,30\n")
+    assert convert_tree(Lfc(), root, tmp_path / "out") == 3
+    lines = report_lines(tmp_path / "out")
+    assert lines["row", "gestational_age_samples.csv", "2"] == ("failed", "damaged-row")
+    assert lines["case", "002", ""] == ("ok", "")
+
+
 def test_lfc_coinciding_landmarks_leave_no_empty_label(tmp_path):
     root = lfc_tree(tmp_path / "in")
     write_json(root / "train_label/1/line_9.mrk.json", line_markup([LINES[4][0], LINES[2][1]]))
