@@ -103,6 +103,24 @@ def test_lfc_nnunet_labels_are_balls_around_the_points(tmp_path):
     assert check_data_set(out).problems == ["landmarks: 001: are not those of the manifest"]
 
 
+def test_lfc_is_what_bundles_and_trainers_read(tmp_path):
+    from monai_mamba.nnunet.annotations import landmark_names as trained_names
+    from monai_mamba.nnunet.annotations import read_landmarks
+    from monai_mamba.training.datalist import landmark_names, load_cases
+
+    root, wanted = lfc_tree(tmp_path / "in", only="train"), WORLD[[4, 5, 8, 9, 10, 11]]
+    (root / "gestational_age_samples.csv").unlink()
+    assert convert_tree(Lfc(), root, tmp_path / "monai") == 0
+    assert landmark_names(tmp_path / "monai") == ["TCD1", "TCD2", "HDV1", "HDV2", "ADV1", "ADV2"]
+    for case in load_cases(tmp_path / "monai", "training"):
+        np.testing.assert_allclose(case["landmarks"], wanted, atol=1e-6)
+    out = tmp_path / "Dataset020_LFC"
+    assert convert_tree(Lfc(), root, out, format="nnunet") == 0
+    names = trained_names(json.loads((out / "dataset.json").read_text()))
+    for points in read_landmarks([out], names, ["001", "002", "003"], lambda case: None).values():
+        np.testing.assert_allclose(points, wanted, atol=1e-6)
+
+
 def _replace(name, content):
     return lambda root: write_json(root / f"train_label/1/{name}", content)
 
