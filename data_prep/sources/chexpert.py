@@ -97,7 +97,6 @@ class Chexpert(Source):
             "by study, in which patients leak."
         ),
     ] = "official"
-    split_seed: Annotated[int, typer.Option(help="Seed of --split patient.")] = 0
     max_side: Annotated[int, typer.Option(help="Longer side at most this many pixels; 0 keeps the size.", min=0)] = 0
     keep_jpeg: Annotated[
         bool, typer.Option("--keep-jpeg", help="Take the JPEG files as they are (can be linked) instead of PNG.")
@@ -243,7 +242,7 @@ class Chexpert(Source):
             return {views[0].key: views[0].part for views in cases}
         if self.split == "patient":
             members = [(views[0].key, views[0].patient, strata[views[0].key]) for views in cases]
-            return partition(members, {"train": 6, "val": 1, "test": 1}, self.split_seed)
+            return partition(members, {"train": 6, "val": 1, "test": 1}, book.seed)
         # XFMamba: studies in the order of patient and study as text, random_split with int(share * count).
         keys = [views[0].key for views in sorted(cases, key=lambda views: (views[0].patient, views[0].study))]
         order = torch_permutation(len(keys), PUBLISHED_SEED)

@@ -80,7 +80,7 @@ class Mura(Source):
     ] = True
 
     def plan(self, tree: Tree, book: Book) -> Description:
-        unknown = sorted(set(self.body_part) - set(BODY_PARTS))
+        unknown = sorted(self._body_parts - set(BODY_PARTS))
         if unknown:
             raise UsageError(f"--body-part {unknown[0]} is not in MURA; choose among {', '.join(BODY_PARTS)}.")
         studies = self._studies(tree, book)
@@ -185,8 +185,13 @@ class Mura(Source):
             return True
         return False
 
+    @property
+    def _body_parts(self) -> set[str]:
+        """As in `BODY_PARTS`, however they were written: wrist, WRIST or XR_WRIST."""
+        return {part.lower().removeprefix("xr_") for part in self.body_part}
+
     def _is_other_part(self, study: _Study) -> bool:
-        return bool(self.body_part) and study.body_part not in self.body_part
+        return bool(self.body_part) and study.body_part not in self._body_parts
 
     def _add(self, study: _Study, is_validation: bool, book: Book) -> None:
         numbers = sorted(study.images)

@@ -178,6 +178,8 @@ def test_parts_by_patient(tmp_path):
     out = tmp_path / "out"
     assert convert_tree(Chexpert(split="patient"), chexpert_tree(tmp_path, train=_many(24)), out) == 0
     found = _datalist(out)
+    convert_tree(Chexpert(split="patient"), tmp_path / "in", tmp_path / "other", seed=1)
+    assert _datalist(tmp_path / "other")["test"] != found["test"]
     sizes = {part: len({entry["patient"] for entry in found[part]}) for part in ("training", "validation", "test")}
     assert sizes == {"training": 18, "validation": 3, "test": 3}
     assert check_data_set(out).problems == []

@@ -116,7 +116,7 @@ def test_single_images_keep_the_study_and_max_side_shrinks(tmp_path):
 
 def test_one_body_part(tmp_path):
     out = tmp_path / "out"
-    assert convert_tree(Mura(body_part=["wrist"]), mura_tree(tmp_path), out) == 0
+    assert convert_tree(Mura(body_part=["XR_WRIST"]), mura_tree(tmp_path), out) == 0
     assert len(_datalist(out)["training"]) == 1 and len(_datalist(out)["test"]) == 1
     with pytest.raises(UsageError, match="--body-part knee"):
         convert_tree(Mura(body_part=["knee"]), tmp_path / "in", tmp_path / "b")
