@@ -304,8 +304,7 @@ class Adni(VolumeOptions, Source):
             return True, "bad-date", "Acq Date is not a date"
         month = visit_month(row["Visit"])
         if month is None and subject.baseline_date is not None:
-            # Scans are taken within weeks of their visit, and visits are half a year apart.
-            month = max(0, 6 * round((date - subject.baseline_date).days / _DAYS_PER_MONTH / 6))
+            month = _month_of(date, subject.baseline_date)
         if month is None:
             return True, "unknown-visit", "neither Visit nor the dates say which visit it is"
         if month > 0 and self.visits == "baseline":
@@ -506,7 +505,7 @@ def read_dxsum(tree: Tree, book: Book, path: str) -> dict[int, Subject]:
         for row, _, date, known in members:
             month = known
             if month is None and date and subject.baseline_date:
-                month = round((date - subject.baseline_date).days / _DAYS_PER_MONTH)
+                month = _month_of(date, subject.baseline_date)
             group = _dxsum_group(row)
             if month is not None and group:
                 subject.exams.append(Exam(month, group))
@@ -537,6 +536,12 @@ def visit_month(text: str) -> int | None:
     if re.search(r"\b(screening|baseline)\b", code) and "cont" not in code:
         return 0
     return None
+
+
+def _month_of(date: datetime.date, baseline: datetime.date) -> int | None:
+    """Month of the visit a date belongs to; visits are half a year apart. ``None`` before the baseline visit."""
+    month = 6 * round((date - baseline).days / _DAYS_PER_MONTH / 6)
+    return month if month >= 0 else None
 
 
 def _rid(text: str) -> int | None:

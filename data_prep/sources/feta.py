@@ -67,7 +67,7 @@ class Feta(Source):
 
     def plan(self, tree: Tree, book: Book) -> Description:
         measures = self._measures()
-        images = _by_subject(book, tree.match("**/*_T2w.nii*"), "image")
+        images = _by_subject(book, _published(tree, "**/*_T2w.nii*"), "image")
         if not images:
             raise UsageError("the input holds no sub-XXX/anat/*_T2w.nii.gz; check that it is FeTA.")
         people = self._people(tree, book)
@@ -104,7 +104,7 @@ class Feta(Source):
     # --- tissue --------------------------------------------------------------------------------------------------
 
     def _plan_tissue(self, tree: Tree, book: Book, images: dict[str, str], people: dict[str, Row]) -> None:
-        labels = _by_subject(book, [p for p in tree.match("**/*_dseg.nii*") if "/derivatives/" not in "/" + p], "label")
+        labels = _by_subject(book, _published(tree, "**/*_dseg.nii*"), "label")
         self._settle_rows(book, people, images)
         for subject in sorted(images.keys() | labels.keys()):
             row = people.get(subject)
@@ -163,7 +163,9 @@ class Feta(Source):
     ) -> None:
         table = tree.one("**/biometry.tsv", what="biometry.tsv (derivatives/biometry)")
         lengths = _rows_by_subject(tree, book, table, ["participant_id", *MEASURES])
-        masks = _by_subject(book, tree.match("**/*_meas.nii*"), "measurement")
+        # The publisher's script rounds the points to voxels of the original space, in another folder.
+        found = [path for path in tree.match("**/*_meas.nii*") if "/biometry_mapped/" not in "/" + path]
+        masks = _by_subject(book, found, "measurement")
         transforms = _by_subject(book, tree.match("**/*_trf.txt"), "transform")
         self._settle_rows(book, people, images)
         self._settle_rows(book, lengths, images)
@@ -185,11 +187,11 @@ class Feta(Source):
                     raise CaseError(
                         "not-in-table", "biometry.tsv has no row of the subject, which decides the numbering"
                     )
-                found = read_measurements(tree.absolute(masks[subject]), lengths[subject])
-                missing = [measure for measure in measures if measure not in found]
+                pairs = read_measurements(tree.absolute(masks[subject]), lengths[subject])
+                missing = [measure for measure in measures if measure not in pairs]
                 if missing:
                     raise CaseError("missing-landmark", f"not measured: {', '.join(missing)}; see --measures")
-                ends = [end for measure in measures for end in found[measure]]
+                ends = [end for measure in measures for end in pairs[measure]]
                 points = to_original_space(tree.absolute(transforms[subject]), ends)
             except CaseError as error:
                 book.fail(inputs, error.reason, error.detail)
@@ -205,6 +207,11 @@ _CREDITS: dict[str, Any] = {
     "license": "see the publisher's terms",
     "reference": "FeTA challenge; Payette et al., Scientific Data 8:167, 2021; biometry: Zenodo 11192452",
 }
+
+
+def _published(tree: Tree, pattern: str) -> list[str]:
+    """Files that are not derived; the publisher's scripts write re-aligned images to ``derivatives``."""
+    return [path for path in tree.match(pattern) if "/derivatives/" not in "/" + path]
 
 
 def _rows_by_subject(tree: Tree, book: Book, path: str, required: Sequence[str]) -> dict[str, Row]:

@@ -179,13 +179,15 @@ def test_adni_one_scan_per_visit_and_reasons_for_the_others(tmp_path):
         collection_row("xx", ptid),
         collection_row(209, ptid, **{"Acq Date": "soon"}),
         collection_row(210, ptid),
+        collection_row(211, ptid, Visit="7", **{"Acq Date": "10/1/2004"}),
     ]
     root = adni_tree(tmp_path / "in", {ptid: SUBJECTS[ptid]}, rows)
     for number in (200, 203, 204):
         write_nifti_volume(image_path(root, number, ptid), (9, 8, 8), seed=number)
     write_nifti_volume(image_path(root, 210, "002_S_0002"), (9, 8, 8), seed=210)
     assert convert_tree(Adni(), root, tmp_path / "first") == 3
-    found = {number: verdict for number, verdict in rows_of(tmp_path / "first").items() if number not in (2,)}
+    found = rows_of(tmp_path / "first")
+    assert found[17] == ("failed", "unknown-visit")
     assert [found[number] for number in (1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16)] == [
         ("skipped", "other-scan-taken"), ("ok", ""), ("skipped", "other-type"), ("skipped", "other-modality"),
         ("skipped", "other-visit"), ("skipped", "other-visit"), ("skipped", "not-downloaded"),

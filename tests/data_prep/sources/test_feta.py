@@ -80,6 +80,8 @@ def feta_tree(root):
     people = [[f"sub-{n:03d}", "Neurotypical", 25.5] for n in (1, 2, 4, 41)]
     write_csv(root / "participants.tsv", [["participant_id", "Pathology", "Gestational age"], *people], "\t")
     write_bytes(root / "dataset_description.json", b"{}")
+    write_nifti_volume(root / "derivatives/im_reo/sub-001/anat/sub-001_rec-mial_T2w.nii.gz", SHAPE, 1, AFFINE)
+    write_label_map(root / "derivatives/biometry_mapped/sub-001/anat/sub-001_rec-mial_meas.nii.gz", SHAPE)
     write_bytes(root / "sub-001/anat/._sub-001_rec-mial_T2w.nii.gz")
     return root
 
