@@ -477,7 +477,7 @@ def difference_to_dcm2niix(job: Job, data: np.ndarray, affine: np.ndarray) -> st
             if nifti.num_channels != 1:
                 return "converter-split"
             assert nifti.grid.affine is not None
-            scaling = nifti.image.dataobj
+            scaling: Any = nifti.image.dataobj
             raw = np.asanyarray(scaling.get_unscaled()).reshape(nifti.grid.shape)
             found, place = to_dicom_order(raw, nifti.grid.affine, affine)
         except CaseError as error:
