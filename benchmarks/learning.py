@@ -51,9 +51,9 @@ RUNS: dict[str, list[tuple[str, str, str, dict[str, Any], tuple[str, ...], tuple
     ],
     "landmarks": [
         ("NNMambaLandmark (16 filters), hippocampus", "nnmamba_landmark", "hippocampus_landmarks",
-         {"max_epochs": 12, "window": 3}, TWINS, (1234,)),
+         {"batch_size": 2, "max_epochs": 14, "window": 3}, TWINS, (1234,)),
         ("NNMambaLandmark (16 filters), hippocampus", "nnmamba_landmark", "hippocampus_landmarks",
-         {"max_epochs": 12, "window": 3}, ("mamba",), (1235, 1236)),
+         {"batch_size": 2, "max_epochs": 14, "window": 3}, ("mamba",), (1235, 1236)),
     ],
 }  # fmt: skip
 

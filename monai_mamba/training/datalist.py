@@ -100,8 +100,9 @@ def load_cases(
         ``(landmarks, 3)`` in mm with NaN for those that are missing.
 
     Raises:
-        DatasetError: if a file is missing, a label is out of range or of the wrong kind, a class of the training
-            section is empty, a case appears twice, or a patient is in two sections.
+        DatasetError: if a file is missing, a label is out of range or of the wrong kind (a test section without any
+            is fine, to predict it), a class of the training section is empty, a case appears twice, or a patient is in
+            two sections.
     """
     if section not in SECTIONS:
         raise ValueError(f"`section` must be one of {', '.join(SECTIONS)}, got {section!r}")
@@ -115,13 +116,14 @@ def load_cases(
     by_section = {name: [_complete(c, source, name, patients) for c in manifest.get(name, [])] for name in SECTIONS}
     _check_leaks(by_section, source)
     cases = [_resolve(case, Path(dataset_dir), source) for case in by_section[section]]
-    if any(isinstance(case.get("label"), str) for case in cases):
-        structure_names(dataset_dir)
-    elif any("landmarks" in case for case in cases):
+    # Label maps are checked when they are read.
+    is_unlabeled = section == "test" and not any("label" in case or "landmarks" in case for case in cases)
+    has_label_maps = any(isinstance(case.get("label"), str) for case in cases)
+    if any("landmarks" in case for case in cases):
         names = landmark_names(dataset_dir)
         for case in cases:
             case["landmarks"] = _read_landmarks(case, names, source)
-    elif "classes" in manifest or "labels" in manifest:
+    elif not is_unlabeled and not has_label_maps and ("classes" in manifest or "labels" in manifest):
         _check_labels(cases, class_names(dataset_dir), source, section)
     if on_corrupt == "drop":
         cases = _without_corrupt(cases, source)

@@ -19,7 +19,16 @@ class MultiLabelLoss(nn.BCEWithLogitsLoss):
 
 
 class SingleLogitLoss(nn.BCEWithLogitsLoss):
-    """Binary cross entropy of one logit ``(B, 1)`` against class numbers ``(B,)``."""
+    """Binary cross entropy of one logit ``(B, 1)`` against class numbers ``(B,)``.
+
+    Args:
+        cases: the training cases, for their class counts; needed for ``balance="weights"`` only.
+        balance: ``"weights"`` weighs the second class by the count of the first over its own; else none (published).
+    """
+
+    def __init__(self, cases: Sequence[dict[str, Any]] = (), balance: str = "none") -> None:
+        weights = class_weights(cases, 2, balance)
+        super().__init__(pos_weight=None if weights is None else weights[1] / weights[0])
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return super().forward(input[:, 0], target.to(input.dtype))

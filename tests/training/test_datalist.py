@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
 from monai_mamba.errors import DatasetError
-from monai_mamba.training.datalist import list_inputs, load_cases
+from monai_mamba.training.datalist import list_inputs, load_cases, structure_names
 
 
 @pytest.fixture
@@ -97,3 +98,88 @@ def test_folder_of_pictures_is_listed_without_a_data_list(tmp_path):
     assert [case["case"] for case in list_inputs(tmp_path)] == ["b.png", "sub/a.JPG"]
     with pytest.raises(DatasetError, match="nor a picture"):
         list_inputs(tmp_path / "none")
+
+
+def write_files(folder, manifest, files):
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    (folder / "datalist.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_segmentation_list_of_data_prep_gets_cases_patients_and_folds(tmp_path):
+    entries = [
+        {"image": [f"images/{n}_0000.nii.gz", f"images/{n}_0001.nii.gz"], "label": f"labels/{n}.nii.gz", "fold": i % 2}
+        for i, n in enumerate("abc")
+    ]
+    files = [file for e in entries for file in (*e["image"], e["label"])] + ["images/t_0000.nii.gz"]
+    manifest = {
+        "labels": {"tumor": 1, "background": 0},
+        "training": entries,
+        "testing": [{"image": ["images/t_0000.nii.gz"]}],
+    }
+    folder = write_files(tmp_path, manifest, files)
+    (folder / "cases.csv").write_text("case,patient\na,p1\nb,p2\nc,p1\nt,p3\n")
+    assert structure_names(folder) == ["background", "tumor"]
+    training, validation, test = (load_cases(folder, s, fold=1) for s in ("training", "validation", "test"))
+    assert [(case["case"], case["patient"]) for case in training] == [("a", "p1"), ("c", "p1")]
+    assert [(case["case"], case["patient"]) for case in validation + test] == [("b", "p2"), ("t", "p3")]
+    assert training[0]["image"] == [str(folder / name) for name in entries[0]["image"]]
+    with pytest.raises(ValueError, match="`fold` must be one of 0, 1"):
+        load_cases(folder, "training", fold=2)
+    (folder / "cases.csv").write_text("case,patient\na,p1\nb,p1\nc,p1\nt,p3\n")
+    with pytest.raises(DatasetError, match="split by patient"):
+        load_cases(folder, "training")
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        ({"background": 0, "organ": 2}, "without a gap"),
+        ({"background": 0, "organ": "1"}, "without a gap"),
+        ({"background": 0, "whole": [1, 2]}, "nnU-Net"),
+        (["background"], "must name the values"),
+    ],
+    ids=["gap", "text", "region", "list"],
+)
+def test_bad_names_of_structures_are_refused(tmp_path, labels, reason):
+    manifest = {"labels": labels, "training": [{"image": "i.nii", "label": "l.nii"}]}
+    folder = write_files(tmp_path, manifest, ["i.nii", "l.nii"])
+    with pytest.raises(DatasetError, match=reason):
+        structure_names(folder)
+
+
+def landmark_list(folder, points, names=("a", "b")):
+    return write_files(
+        folder, {"landmark_names": list(names), "training": [{"image": "i.nii", "landmarks": points}]}, ["i.nii"]
+    )
+
+
+def test_landmarks_become_an_array_with_nan_for_missing_ones(tmp_path):
+    [case] = load_cases(landmark_list(tmp_path, [[1, 2, 3.5], None]), "training")
+    np.testing.assert_array_equal(case["landmarks"], [[1, 2, 3.5], [np.nan] * 3])
+
+
+@pytest.mark.parametrize(
+    "points",
+    [[[1, 2, 3]], [[1, 2, 3], [1, 2]], [[1, 2, 3], "x"], [[1, 2, 3], ["a", 1, 2]], None, [[1, 2, 3], [1, 2, 1e999]]],
+    ids=["few", "short", "text", "letters", "none", "infinite"],
+)
+def test_bad_landmarks_are_refused(tmp_path, points):
+    with pytest.raises(DatasetError, match=r"case i: `landmarks` must be 2 points"):
+        load_cases(landmark_list(tmp_path, points), "training")
+
+
+def test_landmarks_without_names_are_refused(tmp_path):
+    with pytest.raises(DatasetError, match="`landmark_names`"):
+        load_cases(landmark_list(tmp_path, [], names=()), "training")
+
+
+def test_corrupt_volumes_and_label_maps_are_dropped(tmp_path, caplog):
+    nib.save(nib.Nifti1Image(np.zeros((3, 3, 3), np.uint8), np.eye(4)), tmp_path / "good.nii")
+    cases = [{"image": "good.nii", "label": "bad.nii", "case": "x"}, {"image": "good.nii", "label": "good.nii"}]
+    manifest = {"labels": {"background": 0, "organ": 1}, "training": cases}
+    folder = write_files(tmp_path, manifest, ["bad.nii"])
+    assert [case["case"] for case in load_cases(folder, "training", on_corrupt="drop")] == ["good"]
+    assert "1 of 2 cases dropped" in caplog.text and "bad.nii" in caplog.text

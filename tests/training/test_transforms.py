@@ -1,9 +1,6 @@
-"""Pictures: depth, colours, size, damage; and the samples made of them."""
+"""Pictures: depth, colours, size, damage; colours, and balancing."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +9,7 @@ from PIL import Image
 
 from monai_mamba.errors import DatasetError
 from monai_mamba.training.bundle import class_weights, train_sampler
-from monai_mamba.training.samples import is_sample, sample_dataset
+from monai_mamba.training.losses import SingleLogitLoss
 from monai_mamba.training.transforms import AutoAugmentd, OneHotLabeld, ReadPictured, read_picture
 
 
@@ -67,34 +64,12 @@ def test_one_hot_label():
     assert OneHotLabeld(multi_label=True)({"label": np.array([1, 1])})["label"].tolist() == [1, 1]
 
 
-def test_two_view_sample_is_the_two_halves_of_the_sample(tmp_path):
-    whole, halves = (sample_dataset(name, tmp_path) for name in ("breastmnist", "breastmnist_two_view"))
-    assert is_sample(whole)
-    manifest = json.loads((tmp_path / "breastmnist_two_view" / "datalist.json").read_text())
-    assert {s: len(manifest[s]) for s in ("training", "validation", "test")} == {
-        "training": 546,
-        "validation": 78,
-        "test": 156,
-    }
-    case = manifest["training"][5]
-    left, right = (np.asarray(Image.open(f"{halves}/{case[key]}")) for key in ("image1", "image2"))
-    image = np.asarray(Image.open(f"{whole}/images/train_0005.png"))
-    np.testing.assert_array_equal(np.hstack([left, right[:, ::-1]]), image)
-    assert sample_dataset("breastmnist", tmp_path) == whole
-
-
-def test_hippocampus_sample_has_both_classes_in_every_section(tmp_path):
-    manifest = json.loads((Path(sample_dataset("hippocampus_size", tmp_path)) / "datalist.json").read_text())
-    labels = {section: [case["label"] for case in manifest[section]] for section in ("training", "validation", "test")}
-    assert {section: len(values) for section, values in labels.items()} == {"training": 12, "validation": 4, "test": 8}
-    assert sum(labels["training"]) == 6
-    assert all(set(values) == {0, 1} for values in labels.values())
-
-
 def test_balancing_by_weights_and_by_sampler():
     cases = [{"label": 0}] * 30 + [{"label": 1}] * 10
     assert class_weights(cases, 2, "none") is None
     torch.testing.assert_close(class_weights(cases, 2, "weights"), torch.tensor([2 / 3, 2.0]))
+    balanced = SingleLogitLoss(cases, "weights")(torch.zeros(1, 1), torch.tensor([1]))
+    torch.testing.assert_close(balanced, 3 * SingleLogitLoss()(torch.zeros(1, 1), torch.tensor([1])))
     torch.manual_seed(0)
     drawn = [cases[i]["label"] for _ in range(25) for i in train_sampler(cases, 2, "sampler")]
     assert 0.45 < np.mean(drawn) < 0.55
