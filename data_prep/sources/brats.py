@@ -28,7 +28,7 @@ _FILE_2021 = re.compile(r"(?P<id>BraTS2021_(?P<patient>\d{5}))_(?P<kind>t1|t1ce|
 _FILE_2023 = re.compile(
     r"(?P<id>BraTS-(?P<challenge>[A-Z]{3})-(?P<patient>\d{5})-(?P<time>\d{3}))-(?P<kind>t1n|t1c|t2w|t2f|seg)\.nii(?:\.gz)?"
 )
-_YEAR_IN_FOLDER = re.compile(r"brats[-_ ]?(?:gli[-_ ]?)?(20\d\d)", re.IGNORECASE)
+_YEAR_IN_FOLDER = re.compile(r"brats[-_ ]?(?:gli[-_ ]?)?(20\d\d)(?!\d)", re.IGNORECASE)
 #: time points of the post-treatment edition are numbered from here
 _FIRST_TIME_2024 = 100
 _CORE_REGIONS = {"whole tumor": (1, 2, 3), "tumor core": (1, 3), "enhancing tumor": (3,)}

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from data_prep.check import check_data_set
+from data_prep.cli import main
 from data_prep.errors import DatasetError, UsageError
 from data_prep.sources.mura import Mura, make_pairs
 from monai_mamba.training.datalist import load_cases
-from tests.data_prep.factories import convert_tree, report_lines, write_bytes, write_csv, write_picture
+from tests.data_prep.factories import convert_tree, report_lines, tree_bytes, write_bytes, write_csv, write_picture
 
 #: part, body part, patient, study, label, number of images
 STUDIES = [
@@ -112,6 +113,15 @@ def test_single_images_keep_the_study_and_max_side_shrinks(tmp_path):
     entries = _datalist(out)["training"]
     assert len(entries) == 12 and all("image" in entry and "study" in entry for entry in entries)
     assert all(max(Image.open(path).size) == 10 for path in (out / "images").iterdir())
+
+
+def test_shards_and_merge_equal_one_run(tmp_path):
+    root = mura_tree(tmp_path)
+    for shard in ("1/2", "2/2"):
+        assert convert_tree(Mura(), root, tmp_path / "a" / "mura", shard=shard) == 0
+    assert main(["merge", str(tmp_path / "a" / "mura")]) == 0
+    convert_tree(Mura(), root, tmp_path / "b" / "mura")
+    assert tree_bytes(tmp_path / "a" / "mura") == tree_bytes(tmp_path / "b" / "mura")
 
 
 def test_one_body_part(tmp_path):
