@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -164,6 +165,7 @@ def convert(
             tree.close()
         if dry_run:
             typer.echo(plan.table(), nl=False)
+            _tell_plan(plan)
             return EXIT_DONE
         options = RunOptions(engine, workers or usable_cores(), scheduler, part, link, case_timeout, resume)
         report = run_plan(plan, out, private, options)
@@ -278,6 +280,16 @@ def _check_folders(inputs: Sequence[Path], out: Path) -> None:
         folder = folder.absolute()
         if out == folder or out in folder.parents or folder in out.parents:
             raise UsageError(f"--out {out} and the input {folder} must not contain each other; choose another --out.")
+
+
+def _tell_plan(plan: Any) -> None:
+    """What a dry run found besides the cases; to standard error, because the plan itself goes to standard output."""
+    settled = Counter((v.status, v.reason) for v in plan.verdicts.values() if v.status in ("skipped", "failed"))
+    typer.echo(f"{len(plan.entries)} cases", err=True)
+    for (status, reason), number in sorted(settled.items()):
+        typer.echo(f"{status}: {reason}: {number}", err=True)
+    for note in plan.notes:
+        typer.echo(f"note: {note}", err=True)
 
 
 def _tell(report: Any, private: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,8 +66,6 @@ class PictureSource(Source):
 
     identifiers: ClassVar = "public"
     layouts: ClassVar[tuple[str, ...]] = ("monai",)
-    #: folders or tables of the download name patients
-    has_patients: ClassVar[bool] = True
 
     split: Annotated[
         Split,
@@ -82,14 +79,13 @@ class PictureSource(Source):
         Literal["keep", "L", "RGB"], typer.Option(help="Channels of the result: as they are, grey, or three.")
     ] = "keep"
 
-    def add(self, tree: Tree, book: Book, pictures: Sequence[Picture], near_bits: int = 0) -> None:
+    def add(self, tree: Tree, book: Book, pictures: Sequence[Picture]) -> None:
         """Plan the pictures of a whole download.
 
         Args:
             tree: the download.
             book: takes cases and verdicts.
             pictures: all of them.
-            near_bits: pictures without patients that differ in at most this many of 256 bits are kept together.
 
         Raises:
             UsageError: ``--split official`` without parts, or too few patients for the split.
@@ -99,7 +95,7 @@ class PictureSource(Source):
             raise UsageError("--split official: this download has no parts of its own; use patient or folds.")
         how = ("official" if has_parts else "patient") if self.split == "auto" else self.split
         kept = settle_copies(tree, book, pictures, keep_copies=how == "published", by_part=how == "official")
-        groups = self._groups(tree, kept, near_bits)
+        groups = self._groups(tree, kept)
         members = [(one.path, groups[one.path], str(one.target)) for one in kept]
         parts: Mapping[str, OfficialSplit | None]
         if how == "official":
@@ -140,15 +136,26 @@ class PictureSource(Source):
                 )
             )
 
-    def _groups(self, tree: Tree, pictures: Sequence[Picture], near_bits: int) -> dict[str, str]:
-        if self.has_patients:
-            return {one.path: one.group for one in pictures}
-        hashes = [tree.facts(one.path, "picture-near-1", _facts_with_hash)["near"] for one in pictures]
-        numbers = near_groups(hashes, near_bits)
-        return {one.path: f"scene-{number:05d}" for one, number in zip(pictures, numbers, strict=True)}
+    def _groups(self, tree: Tree, pictures: Sequence[Picture]) -> dict[str, str]:
+        """Path to what must stay on one side: the patient."""
+        return {one.path: one.group for one in pictures}
 
-    @abstractmethod
-    def plan(self, tree: Tree, book: Book) -> Any: ...
+
+@dataclass(frozen=True)
+class SceneSource(PictureSource):
+    """Base of those whose download names no patients: near copies are kept on one side instead."""
+
+    near_bits: Annotated[
+        int,
+        typer.Option(
+            help="Keep pictures together that differ in at most so many of 256 bits; 0: only equal bits.", min=0, max=64
+        ),
+    ] = 8
+
+    def _groups(self, tree: Tree, pictures: Sequence[Picture]) -> dict[str, str]:
+        hashes = [tree.facts(one.path, "picture-near-1", _facts_with_hash)["near"] for one in pictures]
+        numbers = near_groups(hashes, self.near_bits)
+        return {one.path: f"scene-{number:05d}" for one, number in zip(pictures, numbers, strict=True)}
 
 
 def settle_copies(

@@ -14,8 +14,8 @@ from data_prep.model import Make
 from data_prep.nifti import open_nifti
 
 _N4 = {"step": "n4", "shrink": 4, "iterations": [50, 50, 50, 50]}
-#: share of the template's voxels that the metric looks at
-_SAMPLING = 0.1
+#: voxels of the template that the metric looks at, on each level; twelve parameters need no more
+_SAMPLES = 50_000
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class VolumeOptions(IntensityOptions):
         steps: list[dict[str, Any]] = [dict(_N4)] if self.n4 else []
         if self.template is not None:
             template = _stamp(self.template, "--template")
-            steps.append({"step": "register", "template": template, "spacing": self.spacing, "sampling": _SAMPLING})
+            steps.append({"step": "register", "template": template, "spacing": self.spacing, "samples": _SAMPLES})
         elif self.spacing:
             steps.append({"step": "spacing", "spacing": self.spacing})
         if self.brain_mask is not None:

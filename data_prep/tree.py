@@ -28,25 +28,33 @@ class Stamp:
     mtime_ns: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One data row of a table.
+    """One data row of a table: ``row["column"]``.
 
     Args:
         ref: name of the row in the report.
-        values: column to cell, outer blanks and line breaks removed.
+        columns: column to position; shared by all rows of a table.
+        cells: outer blanks and line breaks removed.
         is_whole: the row has as many cells as the header; blank cells beyond it do not count.
     """
 
     ref: Ref
-    values: Mapping[str, str]
+    columns: Mapping[str, int]
+    cells: tuple[str, ...]
     is_whole: bool = True
 
     def __getitem__(self, column: str) -> str:
-        return self.values[column]
+        try:
+            return self.cells[self.columns[column]]
+        except IndexError:
+            raise KeyError(column) from None
 
     def get(self, column: str, default: str = "") -> str:
-        return self.values.get(column, default)
+        try:
+            return self[column]
+        except KeyError:
+            return default
 
 
 class Tree:
@@ -220,12 +228,16 @@ class Tree:
             missing = [column for column in required if column not in header]
             if missing:
                 raise DatasetError(f"{name} lacks the columns {missing}; it has {header}.")
+            columns_of = {column: number for number, column in enumerate(header)}
+            # Most cells of large tables are a few values again and again.
+            known: dict[str, str] = {}
             for cells in reader:
                 if not any(cell.strip() for cell in cells):
                     continue
-                values = dict(zip(header, (" ".join(cell.split()) for cell in cells), strict=False))
+                clean = (" ".join(cell.split()) for cell in cells[: len(header)])
+                values = tuple(known.setdefault(cell, cell) if len(cell) < 32 else cell for cell in clean)
                 is_whole = len(cells) >= len(header) and not any(cell.strip() for cell in cells[len(header) :])
-                rows.append(Row(Ref(path, "row", str(len(rows) + 1)), values, is_whole))
+                rows.append(Row(Ref(path, "row", str(len(rows) + 1)), columns_of, values, is_whole))
         except csv.Error as error:
             raise DatasetError(f"{name} is not a valid table: {error}.") from error
         self._tables[path] = rows

@@ -26,6 +26,7 @@ from data_prep.operations import Job, Outcome, find_operation, operation
 SEED = 20260101
 #: an affine may scale by this factor, or its inverse, along any axis; more is a failed registration, not a head
 _MAX_SCALE = 2.0
+_SHRINK = [4, 2, 1]
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -183,11 +184,13 @@ def _register(state: State, step: dict[str, Json]) -> None:
         method.SetNumberOfWorkUnits(1)
         method.SetMetricAsMattesMutualInformation(50)
         method.SetMetricSamplingStrategy(method.RANDOM)
-        method.SetMetricSamplingPercentage(float(step["sampling"]), SEED)
+        voxels_per_level = [max(1.0, np.prod(template.GetSize()) / factor**3) for factor in _SHRINK]
+        shares = [min(1.0, int(step["samples"]) / count) for count in voxels_per_level]
+        method.SetMetricSamplingPercentagePerLevel(shares, SEED)
         method.SetInterpolator(sitk.sitkLinear)
         method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, 200, gradientMagnitudeTolerance=1e-6)
         method.SetOptimizerScalesFromPhysicalShift()
-        method.SetShrinkFactorsPerLevel([4, 2, 1])
+        method.SetShrinkFactorsPerLevel(_SHRINK)
         method.SetSmoothingSigmasPerLevel([2, 1, 0])
         method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
         method.SetInitialTransform(transform, inPlace=False)
@@ -207,7 +210,7 @@ def _register(state: State, step: dict[str, Json]) -> None:
     state.notes.append("affine registration to the template")
     state.records.append(
         {"step": "register", "template_sha256": step["template"]["sha256"], "metric": round(metric, 6),
-         "sampling": step["sampling"], "seed": SEED,
+         "samples": step["samples"], "seed": SEED,
          "template_to_image_ras": (_LPS @ matrix @ _LPS).round(9).tolist()}
     )  # fmt: skip
 

@@ -48,7 +48,7 @@ _MAX_ASPECT_DIFFERENCE = 0.05
 _MAX_GRAY_SHARE = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Lesion:
     """One row of the four tables, with the files its series hold."""
 
@@ -258,7 +258,7 @@ class CbisDdsm(Source):
         densities = [int(density) for lesion in members if (density := lesion.row.get("breast_density")).isdecimal()]
         meta: dict[str, str | int | float] = {
             "side": members[0].side.lower(),
-            "num_lesions": len({(lesion.kind, lesion.view, lesion.row["abnormality id"]) for lesion in members}),
+            "num_lesions": len({(lesion.kind, lesion.row["abnormality id"]) for lesion in members}),
             "types": "+".join(sorted({lesion.kind for lesion in members})),
         }
         if densities:

@@ -45,7 +45,7 @@ _IMAGE = re.compile(
 PUBLISHED_SEED, _TRAIN_SHARE, _VAL_SHARE = 42, 0.75, 0.125
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _View:
     """One row of a table with its image and its labels."""
 

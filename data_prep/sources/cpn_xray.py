@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
-
-import typer
+from typing import ClassVar
 
 from data_prep.book import Book
 from data_prep.errors import UsageError
 from data_prep.model import Description
-from data_prep.picture_sets import PictureSource, class_pictures, skip_archives
+from data_prep.picture_sets import SceneSource, class_pictures, skip_archives
 from data_prep.tree import Tree
 
 CLASSES = ("COVID", "NORMAL", "PNEUMONIA")
@@ -19,17 +17,10 @@ _ALIASES = {"covid19": "covid", "covid-19": "covid", "covid_19": "covid", "viral
 
 
 @dataclass(frozen=True)
-class CpnXray(PictureSource):
+class CpnXray(SceneSource):
     """CPN X-ray: COVID, NORMAL and PNEUMONIA folders of chest X-rays; train and test folders above them are kept."""
 
     name: ClassVar[str] = "cpn-xray"
-    has_patients: ClassVar[bool] = False
-
-    near_bits: Annotated[
-        int,
-        typer.Option(help="Keep pictures together that differ in at most so many of 256 bits; 0: only equal bits.",
-                     min=0, max=64),
-    ] = 6  # fmt: skip
 
     def plan(self, tree: Tree, book: Book) -> Description:
         indices = {name.lower(): number for number, name in enumerate(CLASSES)}
@@ -38,7 +29,7 @@ class CpnXray(PictureSource):
         missing = [name for number, name in enumerate(CLASSES) if number not in {one.target for one in pictures}]
         if missing:
             raise UsageError(f"the input holds no pictures in a folder {' or '.join(missing)}; check the path.")
-        self.add(tree, book, pictures, self.near_bits)
+        self.add(tree, book, pictures)
         return Description(
             "CPN",
             "classification",

@@ -17,11 +17,11 @@ import typer
 from data_prep.book import Book
 from data_prep.errors import CaseError, UsageError
 from data_prep.geometry import LPS_TO_RAS
-from data_prep.markups import System, read_lines
-from data_prep.model import Case, Description, Form, Make, Ref, Source
+from data_prep.markups import read_lines
+from data_prep.model import Case, Description, Make, Ref, Source
 from data_prep.nifti import open_nifti
 from data_prep.sources.lfc import MEASURES as LINES
-from data_prep.sources.lfc import describe_landmarks, landmark_names, make_landmark_case
+from data_prep.sources.lfc import LandmarkOptions, describe_landmarks, landmark_names, make_landmark_case
 from data_prep.tables import read_rows
 from data_prep.tree import Row, Tree
 
@@ -40,7 +40,7 @@ Point = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Feta(Source):
+class Feta(LandmarkOptions, Source):
     """FeTA (BIDS): sub-XXX/anat/*_T2w.nii.gz with the biometry's landmarks, Slicer lines, or tissue labels."""
 
     name: ClassVar[str] = "feta"
@@ -57,13 +57,6 @@ class Feta(Source):
     measures: Annotated[
         str, typer.Option(help="Measures to take, in this order; a subject that lacks one is refused. Default: all.")
     ] = ""
-    coordinates: Annotated[
-        System, typer.Option(help="Coordinate system of markups that name none; file: refuse these.")
-    ] = "file"
-    radius: Annotated[float, typer.Option(help="Radius in mm of a landmark's ball in the label map.", min=0.1)] = 3.0
-    form: Annotated[Form, typer.Option(help="Which of a NIfTI header's two geometries to take when they disagree.")] = (
-        "strict"
-    )
 
     def plan(self, tree: Tree, book: Book) -> Description:
         measures = self._measures()

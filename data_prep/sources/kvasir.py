@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
-
-import typer
+from typing import ClassVar
 
 from data_prep.book import Book
 from data_prep.errors import UsageError
 from data_prep.model import Description
-from data_prep.picture_sets import PictureSource, class_pictures, skip_archives
+from data_prep.picture_sets import SceneSource, class_pictures, skip_archives
 from data_prep.tree import Tree
 
 CLASSES = (
@@ -22,17 +20,10 @@ _VERSIONS = {500: "version 1", 1000: "version 2"}
 
 
 @dataclass(frozen=True)
-class Kvasir(PictureSource):
+class Kvasir(SceneSource):
     """Kvasir version 1 or 2: kvasir-dataset/CLASS/NAME.jpg, eight classes of endoscopic findings."""
 
     name: ClassVar[str] = "kvasir"
-    has_patients: ClassVar[bool] = False
-
-    near_bits: Annotated[
-        int,
-        typer.Option(help="Keep pictures together that differ in at most so many of 256 bits; 0: only equal bits.",
-                     min=0, max=64),
-    ] = 10  # fmt: skip
 
     def plan(self, tree: Tree, book: Book) -> Description:
         classes = {name: number for number, name in enumerate(CLASSES)}
@@ -49,7 +40,7 @@ class Kvasir(PictureSource):
                 f"{len(pictures)} pictures in {len(counts)} of 8 classes, {min(sizes)} to {max(sizes)} each: neither "
                 "version 1 (500 each) nor version 2 (1000 each) as published"
             )
-        self.add(tree, book, pictures, self.near_bits)
+        self.add(tree, book, pictures)
         return Description(
             "Kvasir",
             "classification",

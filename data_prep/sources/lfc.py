@@ -28,17 +28,9 @@ Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Lfc(Source):
-    """LFC, landmarks of the fetal cerebellum: MODE/ID.nii.gz and six Slicer lines in MODE_label/ID/NAME_N.mrk.json."""
+class LandmarkOptions:
+    """Options of sources that read landmarks from volumes and markups."""
 
-    name: ClassVar[str] = "lfc"
-    identifiers: ClassVar = "public"
-    layouts: ClassVar[tuple[str, ...]] = ("monai", "nnunet")
-
-    points: Annotated[
-        Literal["cerebellum", "all"],
-        typer.Option(help="cerebellum: ends of TCD, HDV, ADV (6 points); all: ends of all six lines (12 points)."),
-    ] = "cerebellum"
     coordinates: Annotated[
         System, typer.Option(help="Coordinate system of markups that name none; file: refuse these.")
     ] = "file"
@@ -46,6 +38,20 @@ class Lfc(Source):
     form: Annotated[Form, typer.Option(help="Which of a NIfTI header's two geometries to take when they disagree.")] = (
         "strict"
     )
+
+
+@dataclass(frozen=True)
+class Lfc(LandmarkOptions, Source):
+    """LFC, landmarks of the fetal cerebellum: MODE/ID.nii.gz and six Slicer lines in MODE_label/ID/NAME_N.mrk.json."""
+
+    name: ClassVar[str] = "lfc"
+    identifiers: ClassVar[Literal["public", "personal"]] = "public"
+    layouts: ClassVar[tuple[str, ...]] = ("monai", "nnunet")
+
+    points: Annotated[
+        Literal["cerebellum", "all"],
+        typer.Option(help="cerebellum: ends of TCD, HDV, ADV (6 points); all: ends of all six lines (12 points)."),
+    ] = "cerebellum"
 
     def plan(self, tree: Tree, book: Book) -> Description:
         images, labels = self._find(tree, book)

@@ -186,6 +186,9 @@ def test_every_layout_gives_pairs_and_every_input_a_verdict(tmp_path, layout):
     assert "1 patients are in the training and in the test tables" in (out / "report.json").read_text()
     assert check_data_set(out).problems == []
     assert len(load_cases(out, "test")) == 2
+    table = (out / "cases.csv").read_text().splitlines()
+    assert table[0].split(",")[5:] == ["density", "num_lesions", "side", "types"]
+    assert table[1].endswith(",3,2,left,mass") and ",3,2,left,calc+mass" in table[3]
 
 
 def test_mask_of_another_size_is_resized_and_reported(tmp_path):
@@ -300,6 +303,15 @@ def test_damage_has_its_verdict_and_costs_no_other_case(tmp_path, damage, ref, v
     lines = report_lines(out)
     assert lines[ref] == verdict
     assert lines["case", "P_00002_RIGHT", ""] == ("ok", "")
+
+
+def test_dry_run_tells_what_is_left_out_and_writes_nothing(tmp_path, capsys):
+    root = cbis_tree(tmp_path)
+    assert convert_tree(CbisDdsm(), root, tmp_path / "out", dry_run=True) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("\n") == 1 + 5
+    assert "skipped: patient-in-test: 8" in shown.err and "note: 1 patients are in the training" in shown.err
+    assert {path.name for path in tmp_path.iterdir()} == {"in"}
 
 
 def test_unusable_inputs_are_one_error(tmp_path):
