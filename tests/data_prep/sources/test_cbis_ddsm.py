@@ -14,10 +14,11 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from data_prep.check import check_data_set
+from data_prep.cli import main
 from data_prep.errors import DatasetError, UsageError
 from data_prep.sources.cbis_ddsm import CbisDdsm, pad_to_square, to_mask
 from monai_mamba.training.datalist import load_cases
-from tests.data_prep.factories import convert_tree, report_lines, write_bytes, write_csv
+from tests.data_prep.factories import convert_tree, report_lines, tree_bytes, write_bytes, write_csv
 
 SHAPE = (120, 80)
 #: set, patient, side, view, lesion, pathology
@@ -303,6 +304,15 @@ def test_damage_has_its_verdict_and_costs_no_other_case(tmp_path, damage, ref, v
     lines = report_lines(out)
     assert lines[ref] == verdict
     assert lines["case", "P_00002_RIGHT", ""] == ("ok", "")
+
+
+def test_shards_and_merge_equal_one_run(tmp_path):
+    root, source = cbis_tree(tmp_path), CbisDdsm(masks=True, crop_breast=True)
+    for shard in ("1/2", "2/2"):
+        assert convert_tree(source, root, tmp_path / "a" / "ddsm", shard=shard) == 0
+    assert main(["merge", str(tmp_path / "a" / "ddsm")]) == 0
+    convert_tree(source, root, tmp_path / "b" / "ddsm")
+    assert tree_bytes(tmp_path / "a" / "ddsm") == tree_bytes(tmp_path / "b" / "ddsm")
 
 
 def test_dry_run_tells_what_is_left_out_and_writes_nothing(tmp_path, capsys):
