@@ -40,6 +40,7 @@ from data_prep.book import Book
 from data_prep.dicom import headers
 from data_prep.engine.plan import make_plan
 from data_prep.engine.report import make_report
+from data_prep.engine.worker import collect_rarely
 from data_prep.geometry import max_distance_mm
 from data_prep.identity import Pseudonyms
 from data_prep.model import Case, Description, Make, Source
@@ -310,6 +311,7 @@ def main() -> None:
         print(json.dumps(weigh_plan(arguments.weigh)))
         return
     os.environ["OMP_NUM_THREADS"] = "1"
+    collect_rarely()  # as the command and its workers do
     result: dict[str, Any] = {
         "command": "python benchmarks/data_prep.py"
         + "".join(f" --series {n.split('=')[0]}=..." for n in arguments.series),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     num_cases: int = 0
     num_files: int = 0
+    contents: dict[str, str] = field(default_factory=dict)
+    """Path of an image to the hash of its pixels or voxels."""
 
     def add(self, reason: str, where: str, detail: str = "") -> None:
         self.problems.append(f"{reason}: {where}" + (f": {detail}" if detail else ""))
@@ -38,8 +41,8 @@ def check_data_set(out: Path) -> Findings:
 
     Checked: checksum and size of every file; that it opens and has the grid of the manifest; that the files of a case
     share one grid; label values against the manifest and ``dataset.json``; that ``dataset.json`` or ``datalist.json``
-    and ``splits_final.json`` name exactly the files that are there; that no patient and no identical image is on two
-    sides of a split.
+    and ``splits_final.json`` name exactly the files, parts and folds that are there; that no patient and no image with
+    identical pixels is on two sides of a split.
 
     Raises:
         UsageError: `out` is no data set of this package.
@@ -107,7 +110,11 @@ def _check_file(
         if path.suffix in (".png", ".jpg"):
             from data_prep.operations.pictures import open_picture
 
-            size = list(open_picture(path)[0].size)
+            picture = open_picture(path)[0]
+            size = list(picture.size)
+            findings.contents[file["path"]] = hashlib.sha256(
+                f"{size}{picture.mode}".encode() + picture.tobytes()
+            ).hexdigest()
             if "grid" in file and size != file["grid"]["shape"]:
                 findings.add("size-differs", file["path"], f"{size} against {file['grid']['shape']} in the manifest")
     except CaseError as error:
@@ -133,7 +140,7 @@ def _check_nifti(
         if allowed is not None and set(found) - allowed:
             findings.add("label-values", file["path"], f"{sorted(set(found) - allowed)} are not in dataset.json")
     else:
-        verify_stream(nifti)
+        findings.contents[file["path"]] = verify_stream(nifti)
     return nifti.grid
 
 
@@ -149,41 +156,72 @@ def _check_strays(out: Path, lines: list[dict[str, Any]], findings: Findings) ->
 
 
 def _check_documents(out: Path, lines: list[dict[str, Any]], findings: Findings) -> None:
-    training = {line["case"] for line in lines if line["part"] != "test"}
-    if (out / "dataset.json").exists():
-        content = _json(out / "dataset.json", findings)
+    checks = {"dataset.json": _check_dataset_json, "datalist.json": _check_datalist, "splits_final.json": _check_splits}
+    for name, check in checks.items():
+        content = _json(out / name, findings) if (out / name).exists() else None
         if content is not None:
-            number = len([line for line in lines if line["part"] != "test" and _in_training(line)])
-            if content.get("numTraining") != number:
-                findings.add("dataset.json", "numTraining", f"{content.get('numTraining')} against {number} cases")
-            channels = len(content.get("channel_names", {}))
-            for line in lines:
-                if line["images"] != channels:
-                    findings.add("dataset.json", line["case"], f"{line['images']} images, {channels} channels")
-    if (out / "datalist.json").exists():
-        content = _json(out / "datalist.json", findings)
-        if content is not None:
-            parts = ("training", "validation", "test", "testing")
-            named = {
+            try:
+                check(content, lines, findings)
+            except (TypeError, ValueError, KeyError, AttributeError, IndexError):
+                findings.add("damaged-document", name, "its parts are not what they should be")
+
+
+def _check_dataset_json(content: Any, lines: list[dict[str, Any]], findings: Findings) -> None:
+    training = [line for line in lines if line["part"] != "test" and _in_training(line)]
+    if content.get("numTraining") != len(training):
+        findings.add("dataset.json", "numTraining", f"{content.get('numTraining')} against {len(training)} cases")
+    channels = len(content.get("channel_names", {}))
+    for line in lines:
+        if line["images"] != channels:
+            findings.add("dataset.json", line["case"], f"{line['images']} images, {channels} channels")
+    ending = content.get("file_ending")
+    for path in (file["path"] for line in lines for file in line["files"]):
+        if not path.endswith(str(ending)):
+            findings.add("dataset.json", path, f"does not end with the file_ending {ending!r}")
+    if "dataset" in content:
+        wanted = {line["case"]: [file["path"] for file in line["files"]] for line in training}
+        named = {case: [*entry["images"], entry["label"]] for case, entry in content["dataset"].items()}
+        for case in sorted(wanted.keys() | named.keys()):
+            if wanted.get(case) != named.get(case):
+                findings.add("dataset.json", case, "its key `dataset` and the manifest name different files")
+
+
+def _check_datalist(content: Any, lines: list[dict[str, Any]], findings: Findings) -> None:
+    parts = {"training": "train", "validation": "val", "test": "test", "testing": "test"}
+    owners = {file["path"]: line for line in lines for file in line["files"]}
+    named: set[str] = set()
+    for key, part in parts.items():
+        for entry in content.get(key, []):
+            paths = [
                 str(PurePosixPath(value))
-                for part in parts
-                for entry in content.get(part, [])
-                for key, values in entry.items()
-                if key.startswith(("image", "label", "mask"))
+                for name, values in entry.items()
+                if name.startswith(("image", "label", "mask"))
                 for value in (values if isinstance(values, list) else [values])
                 if isinstance(value, str)
-            }
-            there = {file["path"] for line in lines for file in line["files"]}
-            for name in sorted(named ^ there):
-                findings.add("datalist.json", name, "is in only one of datalist and manifest")
-    if (out / "splits_final.json").exists():
-        for number, split in enumerate(_json(out / "splits_final.json", findings) or []):
-            both = set(split["train"]) & set(split["val"])
-            unknown = (set(split["train"]) | set(split["val"])) - training
-            for case in sorted(both):
-                findings.add("leakage", case, f"is in training and validation of fold {number}")
-            for case in sorted(unknown):
-                findings.add("splits_final.json", case, "is not a training case")
+            ]
+            named.update(paths)
+            cases = {owners[path]["case"] for path in paths if path in owners}
+            if len(cases) > 1:
+                findings.add("datalist.json", " and ".join(sorted(cases)), "one entry has files of several cases")
+            for line in {owners[path]["case"]: owners[path] for path in paths if path in owners}.values():
+                if line["part"] != part or line["fold"] != entry.get("fold"):
+                    findings.add(
+                        "datalist.json", line["case"],
+                        f"is in {key}, fold {entry.get('fold')}; the manifest says {line['part']}, fold {line['fold']}",
+                    )  # fmt: skip
+    for path in sorted(named ^ owners.keys()):
+        findings.add("datalist.json", path, "is in only one of datalist and manifest")
+
+
+def _check_splits(content: Any, lines: list[dict[str, Any]], findings: Findings) -> None:
+    training = {line["case"] for line in lines if line["part"] != "test"}
+    for number, split in enumerate(content):
+        train, held_out = set(split["train"]), set(split["val"])
+        for case in sorted((train | held_out) - training):
+            findings.add("splits_final.json", case, "is not a training case")
+        for case in sorted(training - train - held_out):
+            findings.add("splits_final.json", case, f"is in neither part of fold {number}")
+        _compare_sides(f"fold {number}", train, held_out, lines, findings)
 
 
 def _check_landmarks(out: Path, lines: list[dict[str, Any]], findings: Findings) -> None:
@@ -224,46 +262,54 @@ def _json(path: Path, findings: Findings) -> Any:
 
 
 def _check_leakage(out: Path, lines: list[dict[str, Any]], findings: Findings) -> None:
-    sides: dict[str, str] = {}
-    for line in lines:
-        fold = "" if line["fold"] is None else f" fold {line['fold']}"
-        sides[line["case"]] = f"{line['part']}{fold}"
-    for case, side in _sides_of_splits_file(out).items():
-        sides[case] = side
-    patients: dict[str, set[str]] = defaultdict(set)
-    images: dict[str, dict[str, str]] = defaultdict(dict)
-    for line in lines:
-        patients[line["patient"]].add(sides[line["case"]])
-        for file in line["files"][: line["images"]]:
-            images[file["sha256"]][sides[line["case"]]] = line["case"]
-    for patient in sorted(patients):
-        if len(patients[patient]) > 1:
-            findings.add("leakage", patient, f"one patient on several sides: {sorted(patients[patient])}")
-    for found in images.values():
-        if len(found) > 1:
-            findings.add("leakage", " and ".join(sorted(found.values())), f"identical images in {sorted(found)}")
+    """Parts and folds of the manifest, which the documents must agree with; splits_final.json is compared as it is."""
+    parts = {part: {line["case"] for line in lines if line["part"] == part} for part in ("train", "val", "test")}
+    for held_out in ("val", "test"):
+        others = set().union(*(cases for part, cases in parts.items() if part not in (held_out, "test")))
+        _compare_sides(f"the part {held_out}", others, parts[held_out], lines, findings)
+    for fold in sorted({line["fold"] for line in lines if line["fold"] is not None}):
+        inside = {line["case"] for line in lines if line["fold"] == fold}
+        _compare_sides(f"fold {fold}", parts["train"] - inside, inside, lines, findings)
     _check_cases_table(out, lines, findings)
 
 
-def _sides_of_splits_file(out: Path) -> dict[str, str]:
-    """What an edited splits_final.json says, which is what nnU-Net trains with."""
-    try:
-        splits = json.loads((out / "splits_final.json").read_text())
-        return (
-            {case: f"train fold {number}" for number, split in enumerate(splits) for case in split["val"]}
-            if (len(splits) > 1)
-            else {}
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def _compare_sides(
+    where: str, train: set[str], held_out: set[str], lines: list[dict[str, Any]], findings: Findings
+) -> None:
+    """No case, patient or image may be on both sides."""
+    by_kind: dict[str, tuple[dict[str, set[str]], dict[str, set[str]]]] = {}
+    for line in lines:
+        contents = {
+            digest
+            for file in line["files"][: line["images"]]
+            for digest in (file["sha256"], findings.contents.get(file["path"], ""))
+            if digest
+        }
+        for side, cases in enumerate((train, held_out)):
+            if line["case"] in cases:
+                for kind, values in (("case", {line["case"]}), ("patient", {line["patient"]}), ("image", contents)):
+                    for value in values:
+                        sides = by_kind.setdefault(kind, (defaultdict(set), defaultdict(set)))
+                        sides[side][value].add(line["case"])
+    for kind, (first, second) in by_kind.items():
+        seen = set()
+        for value in sorted(first.keys() & second.keys()):
+            cases = " and ".join(sorted(first[value] | second[value]))
+            if cases not in seen:  # two hashes of one image
+                findings.add("leakage", cases, f"the same {kind} on both sides of {where}")
+            seen.add(cases)
 
 
 def _check_cases_table(out: Path, lines: list[dict[str, Any]], findings: Findings) -> None:
     try:
         with open(out / "cases.csv", newline="", encoding="utf-8") as file:
-            rows = {row["case"]: row["patient"] for row in csv.DictReader(file)}
-    except (OSError, KeyError, csv.Error):
+            rows = {row["case"]: (row["patient"], row["part"], row["fold"]) for row in csv.DictReader(file)}
+    except (OSError, KeyError, ValueError, csv.Error):
         findings.add("damaged-document", "cases.csv")
         return
-    if rows != {line["case"]: line["patient"] for line in lines}:
-        findings.add("cases.csv", "cases", "the table and the manifest name different cases or patients")
+    wanted = {
+        line["case"]: (line["patient"], line["part"], "" if line["fold"] is None else str(line["fold"]))
+        for line in lines
+    }
+    if rows != wanted:
+        findings.add("cases.csv", "cases", "the table and the manifest name different cases, patients, parts or folds")

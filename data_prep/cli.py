@@ -134,9 +134,11 @@ def convert(
     """
     from data_prep.engine.plan import make_plan
     from data_prep.engine.run import RunOptions, make_private, private_folder, run_plan
+    from data_prep.engine.worker import collect_rarely
     from data_prep.identity import Pseudonyms, read_secret
     from data_prep.tree import Tree
 
+    collect_rarely()
     layout = format or source.layouts[0]
     if layout not in source.layouts:
         raise UsageError(f"--format {layout} is not possible for {source.name}; choose one of {list(source.layouts)}.")

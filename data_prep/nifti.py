@@ -7,6 +7,7 @@ against the file before memory is asked for.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import zlib
 from dataclasses import dataclass
@@ -169,17 +170,22 @@ def _read_head(file: BinaryIO, is_gzip: bool, count: int) -> bytes:
     return zlib.decompressobj(31).decompress(file.read(1 << 16), count)
 
 
-def verify_stream(nifti: NiftiFile) -> None:
+def verify_stream(nifti: NiftiFile) -> str:
     """Read the file to its end without keeping it: length, checksum, nothing behind the voxels.
+
+    Returns:
+        SHA-256 of shape, type and stored voxels, whatever the rest of the header and the compression are.
 
     Raises:
         ImageReadError: truncated, damaged, or longer than the header says.
     """
     expected = nifti.num_bytes
-    count = 0
+    count, offset = 0, int(nifti.image.dataobj.offset)
+    digest = hashlib.sha256(f"{nifti.grid.shape} {nifti.image.get_data_dtype()}".encode())
     try:
         with gzip.open(nifti.path, "rb") if nifti.is_gzip else open(nifti.path, "rb") as file:
             while chunk := file.read(_CHUNK):
+                digest.update(chunk[max(0, offset - count) :])
                 count += len(chunk)
                 if count > expected + _CHUNK:
                     raise ImageReadError("damaged-data", f"more than the {expected} bytes the header announces")
@@ -187,6 +193,7 @@ def verify_stream(nifti: NiftiFile) -> None:
         raise ImageReadError("damaged-data", f"the stream breaks off after {count} of {expected} bytes") from error
     if count < expected:
         raise ImageReadError("damaged-data", f"{count} bytes where the header announces {expected}")
+    return digest.hexdigest()
 
 
 def _packer(data: np.ndarray) -> Any:

@@ -228,6 +228,11 @@ def close_workers() -> None:
         _workers.pop().close()
 
 
+def collect_rarely() -> None:
+    """Headers are thousands of small objects without cycles; looking for some takes a tenth of the time."""
+    gc.set_threshold(50_000, 20, 20)
+
+
 def _die_with_parent(parent: int) -> None:
     """A worker whose parent was killed must not go on writing while the run is repeated, perhaps with other options."""
     while os.getppid() == parent:
@@ -237,8 +242,7 @@ def _die_with_parent(parent: int) -> None:
 
 def serve() -> None:
     """Answer tasks, one JSON line each, until standard input ends."""
-    # Headers are thousands of small objects without cycles; looking for some takes a tenth of the time.
-    gc.set_threshold(50_000, 20, 20)
+    collect_rarely()
     # Libraries print to both streams, sometimes with values from headers; only answers may leave this process.
     answers: TextIO = os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_WRONLY)
