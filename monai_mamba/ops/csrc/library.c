@@ -75,7 +75,7 @@ EXPORT int64_t mm_conv_job_size(void) { return (int64_t)sizeof(mm_conv_job); }
 
 EXPORT double mm_probe(int64_t index, int64_t kind, int64_t rounds) {
     const mm_kernels *kernels = variant(index);
-    return kernels && kind >= 0 && kind <= 2 && rounds > 0 ? kernels->probe(kind, rounds) : 0.0;
+    return kernels && kind >= 0 && kind <= 3 && rounds > 0 ? kernels->probe(kind, rounds) : 0.0;
 }
 
 /* ---- threads ---- */

@@ -1,0 +1,312 @@
+/* The forward pass of the scan. */
+#ifndef MONAI_MAMBA_FORWARD_H
+#define MONAI_MAMBA_FORWARD_H
+
+#include "rows.h"
+
+/* A work item scans some blocks of channels side by side, chunk by chunk: neighbouring blocks share the tiles of B and
+ * C, the lines of the cache and the pages of memory. */
+typedef struct {
+    float step[TILE], drive[TILE], y[TILE], gate[TILE]; /* delta, delta * u, output, silu(z) */
+    int64_t position[2][MM_CHUNK];
+    float rest[] __attribute__((aligned(64))); /* tiles of B and C (64, N), then what every block keeps */
+} forward_scratch;
+
+/* What a block keeps from chunk to chunk: D, bias, [0]: the largest decay rate, decay rates (N, 16), state (N, 16). */
+static size_t block_floats(int64_t padded) { return (size_t)((3 + 2 * padded) * MM_BLOCK); }
+
+static size_t scan_forward_scratch(const mm_scan_job *job, int64_t parts) {
+    int64_t N = mm_padded_states(job->d_state), blocks = mm_ceil(mm_ceil(job->channels, MM_BLOCK), parts);
+    return sizeof(forward_scratch) + ((size_t)blocks * block_floats(N) + (size_t)(2 * MM_CHUNK * N)) * sizeof(float);
+}
+
+/* Work on one block of channels in one chunk. */
+typedef struct {
+    const mm_scan_job *job;
+    int64_t b, g, channel, count, steps;
+    const int64_t *position;
+    row_set u, delta, z, y; /* z.base is null without a gate */
+    int accumulate;         /* add to what is in y */
+} block_work;
+
+static block_work begin_block(const mm_scan_job *job, int64_t b, int64_t g, int64_t channel, int64_t steps,
+                              const int64_t *position, int accumulate, forward_scratch *s) {
+    int64_t rest = job->channels - channel, count = rest < MM_BLOCK ? rest : MM_BLOCK;
+    block_work w = {job, b, g, channel, count, steps, position, {0}, {0}, {0}, {0}, accumulate};
+    w.u = rows_to_read(&job->u, b, g, channel, count, steps, position, s->drive);
+    w.delta = rows_to_read(&job->delta, b, g, channel, count, steps, position, s->step);
+    if (job->z.data) w.z = rows_to_read(&job->z, b, g, channel, count, steps, position, s->gate);
+    w.y = rows_to_write(&job->y, b, g, channel, count, position, s->y);
+    if (accumulate) rows_to_read(&job->y, b, g, channel, count, steps, position, s->y);
+    return w;
+}
+
+static void end_block(const block_work *w, const forward_scratch *s) {
+    finish_rows(&w->job->y, w->b, w->g, w->channel, w->count, w->steps, w->position, s->y);
+}
+
+static look_ahead rows_ahead(const mm_scan_job *job, int64_t b, int64_t g, int64_t channel, const int64_t *position) {
+    look_ahead a = {{rows_in_memory(&job->u, b, g, channel, position), rows_in_memory(&job->delta, b, g, channel, position),
+                     rows_in_memory(&job->y, b, g, channel, position)},
+                    3};
+    if (job->z.data) a.rows[a.count++] = rows_in_memory(&job->z, b, g, channel, position);
+    return a;
+}
+
+/* ---- several states: step sizes of a chunk first, then sweeps over some of the states each ---- */
+
+/* delta, delta * u, silu(z) and D * u, plus what is in y already, of a chunk. Returns the largest step size. */
+INLINE float forward_prologue(const int softplus_, const int gated, const int accumulate, const block_work *w,
+                              const float *D, const float *bias, forward_scratch *s) {
+    const exp2_constants k = exp2_setup();
+    vf largest = {0};
+    for (int64_t t = 0; t < w->steps; t++) {
+        const float *u = row_at(&w->u, t), *delta = row_at(&w->delta, t);
+        const float *z = gated ? row_at(&w->z, t) : NULL, *sum = accumulate ? row_at(&w->y, t) : NULL;
+        UNROLL for (int v = 0; v < MM_BLOCK; v += LANES) {
+            int64_t at = t * MM_BLOCK + v;
+            vf x = load_unaligned(u + v), d = load_unaligned(delta + v) + load(bias + v), y = x * load(D + v);
+            if (softplus_) d = softplus(&k, d);
+            if (accumulate) y += load_unaligned(sum + v);
+            if (gated) store(s->gate + at, silu(&k, load_unaligned(z + v)));
+            largest = at_least(largest, magnitude(d));
+            store(s->step + at, d);
+            store(s->drive + at, d * x);
+            store(s->y + at, y);
+        }
+    }
+    return largest_lane(largest);
+}
+
+static float forward_prologue_of(const block_work *w, const float *D, const float *bias, forward_scratch *s) {
+    if (w->job->softplus) {
+        if (w->z.base) return forward_prologue(1, 1, 0, w, D, bias, s);
+        return w->accumulate ? forward_prologue(1, 0, 1, w, D, bias, s) : forward_prologue(1, 0, 0, w, D, bias, s);
+    }
+    if (w->z.base) return forward_prologue(0, 1, 0, w, D, bias, s);
+    return w->accumulate ? forward_prologue(0, 0, 1, w, D, bias, s) : forward_prologue(0, 0, 0, w, D, bias, s);
+}
+
+/* What all sweeps of a chunk share; the pointers are those of the first lane. */
+typedef struct {
+    int64_t steps, stride; /* stride: of B and C */
+    const float *step, *drive, *gate;
+    float *y;
+} sweep;
+
+/* `count` states of one vector of channels over a chunk; y is added to. The last sweep multiplies by the gate and puts
+ * the result where it belongs. */
+INLINE void advance_states(const int count, const int bounded, const int gated, const sweep *w, const float *rates,
+                           float *state, const float *B, const float *C, const row_set *out, const look_ahead *ahead,
+                           int from, int to) {
+    const exp2_constants k = exp2_setup();
+    vf h[16];
+    UNROLL for (int n = 0; n < count; n++) h[n] = load(state + n * MM_BLOCK);
+    for (int64_t t = 0; t < w->steps; t++) {
+        vf d = load(w->step + t * MM_BLOCK), x = load(w->drive + t * MM_BLOCK);
+        vf even = load(w->y + t * MM_BLOCK), odd = {0};
+        const float *Bt = B + t * w->stride, *Ct = C + t * w->stride;
+        for (int i = from; i < to; i++) __builtin_prefetch(row_at(&ahead->rows[i], t), 0, 2);
+        UNROLL for (int n = 0; n < count; n++) {
+            vf exponent = d * load(rates + n * MM_BLOCK);
+            h[n] = (bounded ? exp2_bounded(&k, exponent) : exp2_any(&k, exponent)) * h[n] + x * Bt[n];
+            if (n & 1)
+                odd += h[n] * Ct[n];
+            else
+                even += h[n] * Ct[n];
+        }
+        if (count > 1) even += odd;
+        if (gated) even *= load(w->gate + t * MM_BLOCK);
+        store_unaligned(row_at(out, t), even);
+    }
+    UNROLL for (int n = 0; n < count; n++) store(state + n * MM_BLOCK, h[n]);
+}
+
+INLINE void advance_some(const int bounded, int64_t count, int gated, const sweep *w, const float *rates, float *state,
+                         const float *B, const float *C, const row_set *out, const look_ahead *ahead, int from, int to) {
+    if (SWEEP == 16 && count == 16) {
+        if (gated)
+            advance_states(SWEEP, bounded, 1, w, rates, state, B, C, out, ahead, from, to);
+        else
+            advance_states(SWEEP, bounded, 0, w, rates, state, B, C, out, ahead, from, to);
+    } else if (SWEEP >= 8 && count == 8) {
+        if (gated)
+            advance_states(8, bounded, 1, w, rates, state, B, C, out, ahead, from, to);
+        else
+            advance_states(8, bounded, 0, w, rates, state, B, C, out, ahead, from, to);
+    } else {
+        if (gated)
+            advance_states(4, bounded, 1, w, rates, state, B, C, out, ahead, from, to);
+        else
+            advance_states(4, bounded, 0, w, rates, state, B, C, out, ahead, from, to);
+    }
+}
+
+/* All states of a block over a chunk. The rows that come next are asked for along the way. */
+INLINE void forward_sweeps(const int bounded, const block_work *w, int64_t N, const float *rates, float *state,
+                           const float *B, const float *C, const look_ahead *ahead, forward_scratch *s) {
+    int asked = 0, share = (int)mm_ceil(ahead->count, mm_ceil(N, SWEEP) * VECTORS);
+    row_set tile = rows_of_tile(s->y);
+    for (int64_t n = 0, count; n < N; n += count) {
+        count = SWEEP == 16 && N - n >= 16 ? 16 : SWEEP >= 8 && N - n >= 8 ? 8 : 4;
+        int is_last = n + count == N;
+        for (int v = 0; v < MM_BLOCK; v += LANES) {
+            int next = asked + share < ahead->count ? asked + share : ahead->count;
+            row_set out = is_last ? w->y : tile;
+            out.base += v * sizeof(float);
+            sweep lanes = {w->steps, N, s->step + v, s->drive + v, s->gate + v, s->y + v};
+            advance_some(bounded, count, is_last && w->z.base, &lanes, rates + n * MM_BLOCK + v,
+                         state + n * MM_BLOCK + v, B + n, C + n, &out, ahead, asked, next);
+            asked = next;
+        }
+    }
+}
+
+static void forward_states(const mm_scan_job *job, int64_t b, int64_t g, int64_t begin, int64_t end, int accumulate,
+                           forward_scratch *s) {
+    int64_t L = job->length, N = mm_padded_states(job->d_state), chunks = mm_ceil(L, MM_CHUNK), own = end - begin;
+    size_t per_block = block_floats(N);
+    float *B = s->rest, *C = B + MM_CHUNK * N, *blocks = C + MM_CHUNK * N;
+    for (int64_t i = 0; i < own; i++) {
+        float *D = blocks + (size_t)i * per_block, *bias = D + MM_BLOCK, *fastest = bias + MM_BLOCK;
+        float *rates = fastest + MM_BLOCK, *state = rates + N * MM_BLOCK;
+        int64_t channel = (begin + i) * MM_BLOCK, first_channel = g * job->channels + channel;
+        int64_t count = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
+        transpose_in(job->A + first_channel * job->d_state, count, job->d_state, N, rates);
+        scale_rates(rates, N * MM_BLOCK);
+        memset(state, 0, (size_t)N * MM_BLOCK * sizeof(float));
+        vector_in(job->D ? job->D + first_channel : NULL, count, D);
+        vector_in(job->delta_bias ? job->delta_bias + first_channel : NULL, count, bias);
+        fastest[0] = largest_magnitude(rates, N * MM_BLOCK);
+    }
+    route_positions(job, g, 0, MM_CHUNK, s->position[0]);
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        int64_t first = chunk * MM_CHUNK, steps = L - first < MM_CHUNK ? L - first : MM_CHUNK;
+        const int64_t *position = s->position[chunk & 1];
+        int64_t *following = s->position[~chunk & 1];
+        matrix_tile(&job->B, b, g, position, steps, job->d_state, N, B);
+        matrix_tile(&job->C, b, g, position, steps, job->d_state, N, C);
+        route_positions(job, g, first + MM_CHUNK, MM_CHUNK, following);
+        for (int64_t i = 0; i < own; i++) {
+            float *D = blocks + (size_t)i * per_block, *bias = D + MM_BLOCK, *fastest = bias + MM_BLOCK;
+            float *rates = fastest + MM_BLOCK, *state = rates + N * MM_BLOCK;
+            int64_t channel = (begin + i) * MM_BLOCK;
+            block_work w = begin_block(job, b, g, channel, steps, position, accumulate, s);
+            if (job->states) transpose_out(state_rows(job, b, g, chunk, channel), w.count, job->d_state, state);
+            float largest = forward_prologue_of(&w, D, bias, s);
+            look_ahead ahead = i + 1 < own ? rows_ahead(job, b, g, channel + MM_BLOCK, position)
+                                           : rows_ahead(job, b, g, begin * MM_BLOCK, following);
+            if (EXP2_NEEDS_NO_BOUND || largest * fastest[0] <= EXP2_LIMIT)
+                forward_sweeps(1, &w, N, rates, state, B, C, &ahead, s);
+            else
+                forward_sweeps(0, &w, N, rates, state, B, C, &ahead, s);
+            end_block(&w, s);
+        }
+    }
+}
+
+/* ---- one state: everything in one pass, some blocks at a time ---- */
+
+enum { STEPS_AHEAD = 8 };
+
+INLINE void single_state(const int vectors, const int softplus_, const int gated, const int accumulate,
+                         const block_work *w, const float *B, const float *C, const float *D, const float *bias,
+                         const float *rates, float *state, const look_ahead *ahead) {
+    const exp2_constants k = exp2_setup();
+    vf h[4 * VECTORS];
+    UNROLL for (int v = 0; v < vectors; v++) h[v] = load(state + v * LANES);
+    const look_ahead here = {{w->u, w->delta, w->y, w->z}, gated ? 4 : 3};
+    for (int64_t t = 0; t < w->steps; t++) {
+        const float *u = row_at(&w->u, t), *delta = row_at(&w->delta, t), *z = gated ? row_at(&w->z, t) : NULL;
+        float *out = row_at(&w->y, t);
+        int64_t then = t + STEPS_AHEAD;
+        const look_ahead *from = then < w->steps ? &here : ahead;
+        if (then >= w->steps) then -= w->steps;
+        UNROLL for (int i = 0; i < 3 + gated; i++) {
+            const char *soon = (const char *)row_at(&from->rows[i], then);
+            UNROLL for (int at = 0; at < vectors * LANES * 4; at += 64) __builtin_prefetch(soon + at);
+        }
+        vf Bt = splat(B[t]), Ct = splat(C[t]);
+        UNROLL for (int v = 0; v < vectors; v++) {
+            vf x = load_unaligned(u + v * LANES), d = load_unaligned(delta + v * LANES) + load(bias + v * LANES);
+            if (softplus_) d = softplus(&k, d);
+            h[v] = exp2_any(&k, d * load(rates + v * LANES)) * h[v] + d * x * Bt;
+            vf y = h[v] * Ct + x * load(D + v * LANES);
+            if (accumulate) y += load_unaligned(out + v * LANES);
+            if (gated) y *= silu(&k, load_unaligned(z + v * LANES));
+            store_unaligned(out + v * LANES, y);
+        }
+    }
+    UNROLL for (int v = 0; v < vectors; v++) store(state + v * LANES, h[v]);
+}
+
+INLINE void single_state_of(const int vectors, const block_work *w, const float *B, const float *C, const float *D,
+                            const float *bias, const float *rates, float *state, const look_ahead *ahead) {
+    if (w->job->softplus) {
+        if (w->z.base)
+            single_state(vectors, 1, 1, 0, w, B, C, D, bias, rates, state, ahead);
+        else if (w->accumulate)
+            single_state(vectors, 1, 0, 1, w, B, C, D, bias, rates, state, ahead);
+        else
+            single_state(vectors, 1, 0, 0, w, B, C, D, bias, rates, state, ahead);
+    } else {
+        if (w->z.base)
+            single_state(vectors, 0, 1, 0, w, B, C, D, bias, rates, state, ahead);
+        else if (w->accumulate)
+            single_state(vectors, 0, 0, 1, w, B, C, D, bias, rates, state, ahead);
+        else
+            single_state(vectors, 0, 0, 0, w, B, C, D, bias, rates, state, ahead);
+    }
+}
+
+static void forward_single_state(const mm_scan_job *job, int64_t b, int64_t g, int64_t begin, int64_t end,
+                                 int accumulate, forward_scratch *s) {
+    enum { TOGETHER = 4 };
+    int64_t L = job->length, chunks = mm_ceil(L, MM_CHUNK), first_channel = begin * MM_BLOCK;
+    int64_t last_channel = end * MM_BLOCK < job->channels ? end * MM_BLOCK : job->channels;
+    int64_t own = (end - begin) * MM_BLOCK, row = g * job->channels + first_channel, filled = last_channel - first_channel;
+    float *B = s->rest, *C = B + MM_CHUNK, *D = C + MM_CHUNK, *bias = D + own, *rates = bias + own, *state = rates + own;
+    memset(D, 0, (size_t)(4 * own) * sizeof(float));
+    if (job->D) memcpy(D, job->D + row, (size_t)filled * sizeof(float));
+    if (job->delta_bias) memcpy(bias, job->delta_bias + row, (size_t)filled * sizeof(float));
+    memcpy(rates, job->A + row, (size_t)filled * sizeof(float));
+    scale_rates(rates, filled);
+    int wide = job->u.dtype == MM_FLOAT32 && job->delta.dtype == MM_FLOAT32 && job->y.dtype == MM_FLOAT32 &&
+               (!job->z.data || job->z.dtype == MM_FLOAT32);
+    route_positions(job, g, 0, MM_CHUNK, s->position[0]);
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        int64_t first = chunk * MM_CHUNK, steps = L - first < MM_CHUNK ? L - first : MM_CHUNK;
+        const int64_t *position = s->position[chunk & 1];
+        int64_t *following = s->position[~chunk & 1];
+        matrix_tile(&job->B, b, g, position, steps, 1, 1, B);
+        matrix_tile(&job->C, b, g, position, steps, 1, 1, C);
+        route_positions(job, g, first + MM_CHUNK, MM_CHUNK, following);
+        if (job->states) memcpy(state_rows(job, b, g, chunk, first_channel), state, (size_t)filled * sizeof(float));
+        for (int64_t i = 0, together; i < own; i += together) {
+            together = wide && i + TOGETHER * MM_BLOCK <= filled ? TOGETHER * MM_BLOCK : MM_BLOCK;
+            block_work w = begin_block(job, b, g, first_channel + i, steps, position, accumulate, s);
+            look_ahead ahead = i + together < own ? rows_ahead(job, b, g, first_channel + i + together, position)
+                                                  : rows_ahead(job, b, g, first_channel, following);
+            if (together > MM_BLOCK)
+                single_state_of(TOGETHER * VECTORS, &w, B, C, D + i, bias + i, rates + i, state + i, &ahead);
+            else
+                single_state_of(VECTORS, &w, B, C, D + i, bias + i, rates + i, state + i, &ahead);
+            end_block(&w, s);
+        }
+    }
+}
+
+/* Items: (batch, part), all routes in turn, if the groups are merged; else (batch, group, part). */
+static void scan_forward(const mm_scan_job *job, int64_t parts, int64_t item, void *scratch) {
+    int64_t blocks = mm_ceil(job->channels, MM_BLOCK), part = item % parts;
+    int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
+    int64_t g = job->merge ? 0 : item / parts % job->groups, b = item / parts / (job->merge ? 1 : job->groups);
+    for (int64_t last = job->merge ? job->groups : g + 1, first = g; g < last; g++) {
+        if (job->d_state == 1)
+            forward_single_state(job, b, g, begin, end, g > first, scratch);
+        else
+            forward_states(job, b, g, begin, end, g > first, scratch);
+    }
+}
+
+#endif
