@@ -173,37 +173,39 @@ INLINE void retreat_states(const int with_y, const int bounded, const int is_fir
 }
 
 /* The tiles that the sweeps need, and the sum for the gradient of D. Returns the largest step size. */
-INLINE float backward_prologue(const int softplus_, const int gated, const backward_work *w, const float *D,
+INLINE float backward_prologue(const int softplus, const int gated, const backward_work *w, const float *D,
                                const float *bias, float *grad_D, backward_scratch *s) {
+    const int count = VECTORS;
     const exp2_constants k = exp2_setup();
     vf sum_D[VECTORS], largest = {0};
-    UNROLL for (int v = 0; v < VECTORS; v++) sum_D[v] = load(grad_D + v * LANES);
+    EACH sum_D[i] = load(grad_D + i * LANES);
     for (int64_t t = 0; t < w->steps; t++) {
         const float *u = row_at(&w->u, t), *delta = row_at(&w->delta, t), *gy = row_at(&w->grad_y, t);
-        const float *z = gated ? row_at(&w->z, t) : NULL;
-        UNROLL for (int v = 0; v < VECTORS; v++) {
-            int64_t at = t * MM_BLOCK + v * LANES;
-            vf x = load_unaligned(u + v * LANES), grad = load_unaligned(gy + v * LANES);
-            vf d = load_unaligned(delta + v * LANES) + load(bias + v * LANES);
-            if (softplus_) {
-                vf slope;
-                d = softplus_and_slope(&k, d, &slope);
-                store(s->slope + at, slope);
-            }
-            if (gated) {
-                vf gate = load_unaligned(z + v * LANES), open = sigmoid(&k, gate);
-                store(s->gate + at, grad * (open * (gate * (1.0f - open) + 1.0f)));
-                grad *= gate * open;
-                store(s->y + at, x * load(D + v * LANES));
-            }
-            largest = at_least(largest, magnitude(d));
-            sum_D[v] += grad * x;
-            store(s->step + at, d);
-            store(s->drive + at, d * x);
-            store(s->grad + at, grad);
+        int64_t at = t * MM_BLOCK;
+        vf x[VECTORS], grad[VECTORS], d[VECTORS];
+        EACH x[i] = load_unaligned(u + i * LANES);
+        EACH d[i] = load_unaligned(delta + i * LANES) + load(bias + i * LANES);
+        EACH grad[i] = load_unaligned(gy + i * LANES);
+        if (softplus) {
+            vf slope[VECTORS];
+            softplus_and_slope_many(VECTORS, &k, d, slope);
+            EACH store(s->slope + at + i * LANES, slope[i]);
         }
+        if (gated) {
+            vf gate[VECTORS], open[VECTORS];
+            EACH gate[i] = load_unaligned(row_at(&w->z, t) + i * LANES);
+            sigmoid_many(VECTORS, &k, gate, open);
+            EACH store(s->gate + at + i * LANES, grad[i] * (open[i] * (gate[i] * (1.0f - open[i]) + 1.0f)));
+            EACH grad[i] *= gate[i] * open[i];
+            EACH store(s->y + at + i * LANES, x[i] * load(D + i * LANES));
+        }
+        EACH largest = at_least(largest, magnitude(d[i]));
+        EACH sum_D[i] += grad[i] * x[i];
+        EACH store(s->step + at + i * LANES, d[i]);
+        EACH store(s->drive + at + i * LANES, d[i] * x[i]);
+        EACH store(s->grad + at + i * LANES, grad[i]);
     }
-    UNROLL for (int v = 0; v < VECTORS; v++) store(grad_D + v * LANES, sum_D[v]);
+    EACH store(grad_D + i * LANES, sum_D[i]);
     return largest_lane(largest);
 }
 
@@ -262,7 +264,7 @@ INLINE void retreat_single_state(const int softplus_, const int gated, const bac
             int64_t at = t * MM_BLOCK + lane;
             vf x = load_unaligned(row_at(&w->u, t) + lane), slope, d = load_unaligned(row_at(&w->delta, t) + lane) + shift;
             if (softplus_) {
-                d = softplus_and_slope(&k, d, &slope);
+                softplus_and_slope_many(1, &k, &d, &slope);
                 store(s->slope + at, slope);
             }
             vf decay = exp2_any(&k, d * rate), decayed = decay * h;
@@ -271,7 +273,8 @@ INLINE void retreat_single_state(const int softplus_, const int gated, const bac
             store(s->trail + at, decay);
             store(s->trail + TILE + at, decayed);
             if (gated) {
-                vf gate = load_unaligned(row_at(&w->z, t) + lane), open = sigmoid(&k, gate);
+                vf gate = load_unaligned(row_at(&w->z, t) + lane), open;
+                sigmoid_many(1, &k, &gate, &open);
                 vf grad = load_unaligned(row_at(&w->grad_y, t) + lane), y = h * C[t] + x * skip;
                 store(s->grad + at, grad * (gate * open));
                 store_unaligned(row_at(&w->grad_z, t) + lane, grad * y * (open * (gate * (1.0f - open) + 1.0f)));
@@ -320,7 +323,7 @@ INLINE void backward_block(const int softplus_, const int gated, const backward_
         return;
     }
     float largest = backward_prologue(softplus_, gated, w, D, bias, grad_D, s);
-    if (EXP2_NEEDS_NO_BOUND || largest * fastest[0] <= EXP2_LIMIT)
+    if (!EXP2_NEEDS_NO_BOUND && largest * fastest[0] <= EXP2_LIMIT)
         backward_sweeps(gated, 1, w->steps, N, rates, state, grad_h, grad_A, B, C, sum_B, sum_C, ahead, s);
     else
         backward_sweeps(gated, 0, w->steps, N, rates, state, grad_h, grad_A, B, C, sum_B, sum_C, ahead, s);

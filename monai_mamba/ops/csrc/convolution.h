@@ -25,21 +25,24 @@ static size_t conv_scratch(const mm_conv_job *job) {
     return forward > sizeof(conv_scratch_backward) ? forward : sizeof(conv_scratch_backward);
 }
 
-/* One vector of channels over the steps of a tile; the last `taps` inputs stay in registers. `ahead` is the distance in
- * bytes to the rows that are asked for. */
+/* Four taps of one vector of channels over the steps of a tile, four at a time; inputs stay in registers. */
 INLINE void convolve_four(const int with_silu, int64_t steps, int64_t c, int64_t padded, const float *const *in,
-                          float *const *out, const float *weight, const float *bias, int64_t ahead) {
+                          float *const *out, const float *weight, const float *bias) {
+    const int count = 4; /* steps done together */
     const exp2_constants e = exp2_setup();
-    vf w[4], x[4], b = load_unaligned(bias + c);
+    vf w[4], x[7], b = load_unaligned(bias + c);
     UNROLL for (int k = 0; k < 4; k++) w[k] = load_unaligned(weight + k * padded + c);
     UNROLL for (int k = 0; k < 3; k++) x[k] = load_unaligned(in[k] + c);
-    for (int64_t t = 0; t < steps; t++) {
-        const float *row = in[t + 3] + c;
-        __builtin_prefetch((const char *)row + ahead);
-        x[3] = load_unaligned(row);
-        vf y = (b + x[0] * w[0] + x[1] * w[1]) + (x[2] * w[2] + x[3] * w[3]);
-        store_unaligned(out[t] + c, with_silu ? silu(&e, y) : y);
-        UNROLL for (int k = 0; k < 3; k++) x[k] = x[k + 1];
+    for (int64_t t = 0; t < steps; t += count) {
+        vf y[4];
+        EACH x[3 + i] = load_unaligned(in[t + 3 + i] + c);
+        EACH y[i] = b + x[i] * w[0];
+        EACH y[i] += x[i + 1] * w[1];
+        EACH y[i] += x[i + 2] * w[2];
+        EACH y[i] += x[i + 3] * w[3];
+        if (with_silu) silu_many(count, &e, y);
+        EACH store_unaligned(out[t + i] + c, y[i]);
+        UNROLL for (int k = 0; k < 3; k++) x[k] = x[4 + k];
     }
 }
 
@@ -49,7 +52,8 @@ INLINE void convolve_any(int64_t taps, int64_t with_silu, int64_t steps, int64_t
     for (int64_t t = 0; t < steps; t++) {
         vf y = load_unaligned(bias + c);
         for (int64_t k = 0; k < taps; k++) y += load_unaligned(in[t + k] + c) * load_unaligned(weight + k * padded + c);
-        store_unaligned(out[t] + c, with_silu ? silu(&e, y) : y);
+        if (with_silu) silu_many(1, &e, &y);
+        store_unaligned(out[t] + c, y);
     }
 }
 
@@ -63,7 +67,7 @@ static void conv_forward(const mm_conv_job *job, int64_t item, void *scratch) {
     float *weight = s->rest, *bias = weight + taps * padded, *zero = bias + padded, *converted = zero + padded;
     float *results = converted + (before + CONV_STEPS) * padded;
     int direct = job->x.dtype == MM_FLOAT32 && job->y.dtype == MM_FLOAT32 && channels >= LANES;
-    int64_t width = direct ? channels : padded, ahead = CONV_STEPS * job->x.step * (int64_t)size_of(job->x.dtype);
+    int64_t width = direct ? channels : padded;
     memset(weight, 0, (size_t)(converted - weight) * sizeof(float));
     for (int64_t c = 0; c < channels; c++) {
         for (int64_t k = 0; k < taps; k++) weight[k * padded + c] = job->weight[c * taps + k];
@@ -84,12 +88,12 @@ static void conv_forward(const mm_conv_job *job, int64_t item, void *scratch) {
             s->out[t] = direct ? (float *)element(&job->y, b, begin + t, 0, 0) : results + t * padded;
         for (int64_t at = 0; at < width; at += LANES) {
             int64_t c = at + LANES <= width ? at : width - LANES; /* the last vector may overlap the one before it */
-            if (taps != 4)
+            if (taps != 4 || steps % 4)
                 convolve_any(taps, job->silu, steps, c, padded, s->in, s->out, weight, bias);
             else if (job->silu)
-                convolve_four(1, steps, c, padded, s->in, s->out, weight, bias, ahead);
+                convolve_four(1, steps, c, padded, s->in, s->out, weight, bias);
             else
-                convolve_four(0, steps, c, padded, s->in, s->out, weight, bias, ahead);
+                convolve_four(0, steps, c, padded, s->in, s->out, weight, bias);
         }
         if (!direct)
             for (int64_t t = 0; t < steps; t++)
@@ -116,7 +120,8 @@ INLINE void conv_backward_chunk(const int known_taps, const mm_conv_job *job, in
             vf y = load(s->bias + v * LANES);
             UNROLL for (int64_t k = 0; k < taps; k++)
                 y += load(s->x + (t + k) * MM_BLOCK + v * LANES) * load(s->weight + k * MM_BLOCK + v * LANES);
-            vf open = sigmoid(&e, y);
+            vf open;
+            sigmoid_many(1, &e, &y, &open);
             float *grad = s->grad + t * MM_BLOCK + v * LANES;
             store(grad, load(grad) * (open * (y * (1.0f - open) + 1.0f)));
         }

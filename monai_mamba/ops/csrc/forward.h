@@ -55,24 +55,35 @@ static look_ahead rows_ahead(const mm_scan_job *job, int64_t b, int64_t g, int64
 
 /* ---- several states: step sizes of a chunk first, then sweeps over some of the states each ---- */
 
-/* delta, delta * u, silu(z) and D * u, plus what is in y already, of a chunk. Returns the largest step size. */
-INLINE float forward_prologue(const int softplus_, const int gated, const int accumulate, const block_work *w,
+/* Vectors of four rows, two, or one, done together; `GROUP_ROW` and `GROUP_LANE` tell where vector i lies. */
+enum { GROUP = 4, GROUP_STEPS = GROUP * LANES / MM_BLOCK };
+#define GROUP_ROW(i) ((i) * LANES / MM_BLOCK)
+#define GROUP_LANE(i) ((i) * LANES % MM_BLOCK)
+
+/* delta, delta * u, silu(z) and D * u, plus what is in y already, of a chunk. Returns the largest step size. The last
+ * group may run over the end, where positions repeat the last step. */
+INLINE float forward_prologue(const int softplus, const int gated, const int accumulate, const block_work *w,
                               const float *D, const float *bias, forward_scratch *s) {
+    const int count = GROUP;
     const exp2_constants k = exp2_setup();
     vf largest = {0};
-    for (int64_t t = 0; t < w->steps; t++) {
-        const float *u = row_at(&w->u, t), *delta = row_at(&w->delta, t);
-        const float *z = gated ? row_at(&w->z, t) : NULL, *sum = accumulate ? row_at(&w->y, t) : NULL;
-        UNROLL for (int v = 0; v < MM_BLOCK; v += LANES) {
-            int64_t at = t * MM_BLOCK + v;
-            vf x = load_unaligned(u + v), d = load_unaligned(delta + v) + load(bias + v), y = x * load(D + v);
-            if (softplus_) d = softplus(&k, d);
-            if (accumulate) y += load_unaligned(sum + v);
-            if (gated) store(s->gate + at, silu(&k, load_unaligned(z + v)));
-            largest = at_least(largest, magnitude(d));
-            store(s->step + at, d);
-            store(s->drive + at, d * x);
-            store(s->y + at, y);
+    for (int64_t t = 0; t < w->steps; t += GROUP_STEPS) {
+        float *step = s->step + t * MM_BLOCK, *drive = s->drive + t * MM_BLOCK, *y = s->y + t * MM_BLOCK;
+        vf x[GROUP], d[GROUP], sum[GROUP];
+        EACH x[i] = load_unaligned(row_at(&w->u, t + GROUP_ROW(i)) + GROUP_LANE(i));
+        EACH d[i] = load_unaligned(row_at(&w->delta, t + GROUP_ROW(i)) + GROUP_LANE(i)) + load(bias + GROUP_LANE(i));
+        EACH sum[i] = x[i] * load(D + GROUP_LANE(i));
+        if (softplus) softplus_many(GROUP, &k, d);
+        if (accumulate) EACH sum[i] += load_unaligned(row_at(&w->y, t + GROUP_ROW(i)) + GROUP_LANE(i));
+        EACH largest = at_least(largest, magnitude(d[i]));
+        EACH store(step + i * LANES, d[i]);
+        EACH store(drive + i * LANES, d[i] * x[i]);
+        EACH store(y + i * LANES, sum[i]);
+        if (gated) {
+            vf gate[GROUP];
+            EACH gate[i] = load_unaligned(row_at(&w->z, t + GROUP_ROW(i)) + GROUP_LANE(i));
+            silu_many(GROUP, &k, gate);
+            EACH store(s->gate + t * MM_BLOCK + i * LANES, gate[i]);
         }
     }
     return largest_lane(largest);
@@ -196,7 +207,7 @@ static void forward_states(const mm_scan_job *job, int64_t b, int64_t g, int64_t
             float largest = forward_prologue_of(&w, D, bias, s);
             look_ahead ahead = i + 1 < own ? rows_ahead(job, b, g, channel + MM_BLOCK, position)
                                            : rows_ahead(job, b, g, begin * MM_BLOCK, following);
-            if (EXP2_NEEDS_NO_BOUND || largest * fastest[0] <= EXP2_LIMIT)
+            if (!EXP2_NEEDS_NO_BOUND && largest * fastest[0] <= EXP2_LIMIT)
                 forward_sweeps(1, &w, N, rates, state, B, C, &ahead, s);
             else
                 forward_sweeps(0, &w, N, rates, state, B, C, &ahead, s);
@@ -209,10 +220,11 @@ static void forward_states(const mm_scan_job *job, int64_t b, int64_t g, int64_t
 
 enum { STEPS_AHEAD = 8 };
 
-INLINE void single_state(const int vectors, const int softplus_, const int gated, const int accumulate,
+INLINE void single_state(const int vectors, const int softplus, const int gated, const int accumulate,
                          const block_work *w, const float *B, const float *C, const float *D, const float *bias,
                          const float *rates, float *state, const look_ahead *ahead) {
     const exp2_constants k = exp2_setup();
+    const int count = vectors < GROUP ? vectors : GROUP;
     vf h[4 * VECTORS];
     UNROLL for (int v = 0; v < vectors; v++) h[v] = load(state + v * LANES);
     const look_ahead here = {{w->u, w->delta, w->y, w->z}, gated ? 4 : 3};
@@ -226,15 +238,24 @@ INLINE void single_state(const int vectors, const int softplus_, const int gated
             const char *soon = (const char *)row_at(&from->rows[i], then);
             UNROLL for (int at = 0; at < vectors * LANES * 4; at += 64) __builtin_prefetch(soon + at);
         }
-        vf Bt = splat(B[t]), Ct = splat(C[t]);
-        UNROLL for (int v = 0; v < vectors; v++) {
-            vf x = load_unaligned(u + v * LANES), d = load_unaligned(delta + v * LANES) + load(bias + v * LANES);
-            if (softplus_) d = softplus(&k, d);
-            h[v] = exp2_any(&k, d * load(rates + v * LANES)) * h[v] + d * x * Bt;
-            vf y = h[v] * Ct + x * load(D + v * LANES);
-            if (accumulate) y += load_unaligned(out + v * LANES);
-            if (gated) y *= silu(&k, load_unaligned(z + v * LANES));
-            store_unaligned(out + v * LANES, y);
+        for (int group = 0; group < vectors; group += count) {
+            const int first = group * LANES;
+            vf x[MANY], d[MANY], a[MANY], y[MANY];
+            EACH x[i] = load_unaligned(u + first + i * LANES);
+            EACH d[i] = load_unaligned(delta + first + i * LANES) + load(bias + first + i * LANES);
+            if (softplus) softplus_many(count, &k, d);
+            EACH a[i] = d[i] * load(rates + first + i * LANES);
+            exp2_many_any(count, &k, a);
+            EACH y[i] = x[i] * load(D + first + i * LANES);
+            if (accumulate) EACH y[i] += load_unaligned(out + first + i * LANES);
+            EACH h[group + i] = a[i] * h[group + i] + d[i] * x[i] * B[t];
+            EACH y[i] += h[group + i] * C[t];
+            if (gated) {
+                EACH a[i] = load_unaligned(z + first + i * LANES);
+                silu_many(count, &k, a);
+                EACH y[i] *= a[i];
+            }
+            EACH store_unaligned(out + first + i * LANES, y[i]);
         }
     }
     UNROLL for (int v = 0; v < vectors; v++) store(state + v * LANES, h[v]);
@@ -261,7 +282,6 @@ INLINE void single_state_of(const int vectors, const block_work *w, const float 
 
 static void forward_single_state(const mm_scan_job *job, int64_t b, int64_t g, int64_t begin, int64_t end,
                                  int accumulate, forward_scratch *s) {
-    enum { TOGETHER = 4 };
     int64_t L = job->length, chunks = mm_ceil(L, MM_CHUNK), first_channel = begin * MM_BLOCK;
     int64_t last_channel = end * MM_BLOCK < job->channels ? end * MM_BLOCK : job->channels;
     int64_t own = (end - begin) * MM_BLOCK, row = g * job->channels + first_channel, filled = last_channel - first_channel;
@@ -283,12 +303,14 @@ static void forward_single_state(const mm_scan_job *job, int64_t b, int64_t g, i
         route_positions(job, g, first + MM_CHUNK, MM_CHUNK, following);
         if (job->states) memcpy(state_rows(job, b, g, chunk, first_channel), state, (size_t)filled * sizeof(float));
         for (int64_t i = 0, together; i < own; i += together) {
-            together = wide && i + TOGETHER * MM_BLOCK <= filled ? TOGETHER * MM_BLOCK : MM_BLOCK;
+            together = wide && i + 4 * MM_BLOCK <= filled ? 4 * MM_BLOCK : wide && i + 2 * MM_BLOCK <= filled ? 2 * MM_BLOCK : MM_BLOCK;
             block_work w = begin_block(job, b, g, first_channel + i, steps, position, accumulate, s);
             look_ahead ahead = i + together < own ? rows_ahead(job, b, g, first_channel + i + together, position)
                                                   : rows_ahead(job, b, g, first_channel, following);
-            if (together > MM_BLOCK)
-                single_state_of(TOGETHER * VECTORS, &w, B, C, D + i, bias + i, rates + i, state + i, &ahead);
+            if (together == 4 * MM_BLOCK)
+                single_state_of(4 * VECTORS, &w, B, C, D + i, bias + i, rates + i, state + i, &ahead);
+            else if (together == 2 * MM_BLOCK)
+                single_state_of(2 * VECTORS, &w, B, C, D + i, bias + i, rates + i, state + i, &ahead);
             else
                 single_state_of(VECTORS, &w, B, C, D + i, bias + i, rates + i, state + i, &ahead);
             end_block(&w, s);

@@ -29,8 +29,13 @@ static double probe(int64_t kind, int64_t rounds) {
     for (int i = 0; i < 8; i++) sum[i] = splat((float)i);
     for (int64_t r = 0; r < rounds; r++) {
         if (kind == 0) {
-            for (int t = 0; t < TILE; t += 4 * LANES)
-                UNROLL for (int i = 0; i < 4; i++) sum[i] += exp2_bounded(&k, load(step + t + i * LANES));
+            const int count = GROUP;
+            for (int t = 0; t < TILE; t += GROUP * LANES) {
+                vf x[GROUP];
+                EACH x[i] = load(step + t + i * LANES);
+                exp2_many_any(GROUP, &k, x);
+                EACH sum[i] += x[i];
+            }
         } else if (kind == 1) {
             for (int t = 0; t < TILE; t += LANES) {
                 vf x = load(step + t);
@@ -41,20 +46,23 @@ static double probe(int64_t kind, int64_t rounds) {
                 for (int n = 0; n < 16; n += SWEEP) {
                     sweep lanes = {MM_CHUNK, 16, step + v, drive + v, y, y + v};
                     row_set out = rows_of_tile(y + v);
-                    advance_states(SWEEP, 1, 0, &lanes, rates + n * MM_BLOCK + v, state + n * MM_BLOCK + v, B + n, C + n,
+                    advance_states(SWEEP, !EXP2_NEEDS_NO_BOUND, 0, &lanes, rates + n * MM_BLOCK + v, state + n * MM_BLOCK + v, B + n, C + n,
                                    &out, NULL, 0, 0);
                 }
         } else {
-            vf h[VECTORS];
-            UNROLL for (int v = 0; v < VECTORS; v++) h[v] = load(state + v * LANES);
-            for (int t = 0; t < MM_CHUNK; t++)
-                UNROLL for (int v = 0; v < VECTORS; v++) {
-                    vf x = load(drive + t * MM_BLOCK + v * LANES);
-                    vf d = softplus(&k, load(step + t * MM_BLOCK + v * LANES));
-                    h[v] = exp2_any(&k, d * load(rates + v * LANES)) * h[v] + d * x * B[t];
-                    store(y + t * MM_BLOCK + v * LANES, h[v] * C[t] + x);
-                }
-            UNROLL for (int v = 0; v < VECTORS; v++) store(state + v * LANES, h[v]);
+            const int count = GROUP;
+            vf h[GROUP] = {{0}};
+            for (int t = 0; t < TILE; t += GROUP * LANES) {
+                vf d[GROUP], a[GROUP], x[GROUP];
+                EACH d[i] = load(step + t + i * LANES);
+                EACH x[i] = load(drive + t + i * LANES);
+                softplus_many(GROUP, &k, d);
+                EACH a[i] = d[i] * load(rates + i * LANES);
+                exp2_many_any(GROUP, &k, a);
+                EACH h[i] = a[i] * h[i] + d[i] * x[i] * B[t / MM_BLOCK];
+                EACH store(y + t + i * LANES, h[i] * C[t / MM_BLOCK] + x[i]);
+            }
+            EACH sum[i] += h[i];
         }
     }
     for (int i = 1; i < 8; i++) sum[0] += sum[i];

@@ -124,8 +124,8 @@ INLINE row_set rows_of_tile(float *tile) {
 }
 
 static void fill_tile(const row_set *r, int64_t dtype, int64_t count, int64_t steps, float *tile) {
+    memset(tile, 0, TILE * sizeof(float)); /* also past the end, where nothing may stand that is not a number */
     for (int64_t t = 0; t < steps; t++) {
-        memset(tile + t * MM_BLOCK, 0, MM_BLOCK * sizeof(float));
         row_to_float(tile + t * MM_BLOCK, row_at(r, t), dtype, count);
     }
 }

@@ -122,56 +122,106 @@ INLINE exp2_constants exp2_setup(void) {
     return k;
 }
 
-INLINE vf exp2_fraction(const exp2_constants *k, vf f) {
-    vf p = f * k->c[4] + k->c[3];
-    p = p * f + k->c[2];
-    p = p * f + k->c[1];
-    p = p * f + k->c[0];
-    return p * f + 1.0f;
+/* Functions of `count` vectors do one operation on all of them before the next: a processor waits less for the results
+ * of one chain of operations when others stand between. */
+#define EACH UNROLL for (int i = 0; i < count; i++)
+enum { MANY = 8 };
+
+INLINE void exp2_fractions(const int count, const exp2_constants *k, const vf *f, vf *p) {
+    EACH p[i] = f[i] * k->c[4] + k->c[3];
+    EACH p[i] = p[i] * f[i] + k->c[2];
+    EACH p[i] = p[i] * f[i] + k->c[1];
+    EACH p[i] = p[i] * f[i] + k->c[0];
+    EACH p[i] = p[i] * f[i] + 1.0f;
 }
 
-/* 2^x for |x| <= EXP2_LIMIT; for every x: 0 or 2^-126 far below, infinity above 128, NaN for NaN. */
+/* 2^x for |x| <= EXP2_LIMIT, and for every x: 0 or 2^-126 far below, infinity above 128, NaN for NaN. */
 #define EXP2_LIMIT 126.0f
 #if defined(__AVX512DQ__) && MM_LANES == 16
 /* The remainder after rounding to the nearest integer, and scaling by that integer, are instructions here. */
-INLINE vf exp2_bounded(const exp2_constants *k, vf x) {
-    vf f = (vf)_mm512_reduce_ps((__m512)x, 8);
-    return (vf)_mm512_scalef_ps((__m512)exp2_fraction(k, f), (__m512)(x - f));
+INLINE void exp2_many_any(const int count, const exp2_constants *k, vf *x) {
+    vf f[MANY], p[MANY];
+    EACH f[i] = (vf)_mm512_reduce_ps((__m512)x[i], 8);
+    EACH x[i] -= f[i];
+    exp2_fractions(count, k, f, p);
+    EACH x[i] = (vf)_mm512_scalef_ps((__m512)p[i], (__m512)x[i]);
 }
-INLINE vf exp2_any(const exp2_constants *k, vf x) { return exp2_bounded(k, x); }
+INLINE void exp2_many_bounded(const int count, const exp2_constants *k, vf *x) {
+    vf n[MANY], f[MANY], p[MANY];
+    EACH n[i] = (vf)_mm512_roundscale_ps((__m512)x[i], 8);
+    EACH f[i] = x[i] - n[i];
+    exp2_fractions(count, k, f, p);
+    EACH x[i] = (vf)_mm512_scalef_ps((__m512)p[i], (__m512)n[i]);
+}
 #define EXP2_NEEDS_NO_BOUND 1
 #else
 /* Rounding by adding 1.5 * 2^23 leaves the integer in the low bits of the sum. */
-INLINE vf exp2_bounded(const exp2_constants *k, vf x) {
-    vf t = x + k->magic;
-    vf p = exp2_fraction(k, x - (t - k->magic));
-    return (vf)((vu)p + ((vu)t << 23));
+INLINE void exp2_many_bounded(const int count, const exp2_constants *k, vf *x) {
+    vf t[MANY], f[MANY], p[MANY];
+    EACH t[i] = x[i] + k->magic;
+    EACH f[i] = x[i] - (t[i] - k->magic);
+    exp2_fractions(count, k, f, p);
+    EACH x[i] = (vf)((vu)p[i] + ((vu)t[i] << 23));
 }
-INLINE vf exp2_any(const exp2_constants *k, vf x) {
-    return exp2_bounded(k, at_most(splat(128.0f), at_least(splat(-126.0f), x)));
+INLINE void exp2_many_any(const int count, const exp2_constants *k, vf *x) {
+    EACH x[i] = at_most(splat(128.0f), at_least(splat(-126.0f), x[i]));
+    exp2_many_bounded(count, k, x);
 }
 #define EXP2_NEEDS_NO_BOUND 0
 #endif
 
-/* log(1 + e) for e in [0, 1] as a series of atanh, exact to rounding also for tiny e. */
-INLINE vf log1p_(vf e) {
-    vf s = e / (e + 2.0f), q = s * s;
-    vf q2 = q * q;
-    vf p = (q * 2.817833371e-1f + 2.796060302e-1f) * q2 + (q * 4.002491026e-1f + 6.666631468e-1f);
-    return (p * q + 2.0f) * s;
+INLINE vf exp2_bounded(const exp2_constants *k, vf x) {
+    exp2_many_bounded(1, k, &x);
+    return x;
+}
+INLINE vf exp2_any(const exp2_constants *k, vf x) {
+    exp2_many_any(1, k, &x);
+    return x;
 }
 
-INLINE vf softplus(const exp2_constants *k, vf x) {
-    vf e = exp2_bounded(k, at_least(splat(-EXP2_LIMIT), magnitude(x) * -LOG2E));
-    return at_least(splat(0.0f), x) + log1p_(e);
+/* log(1 + e) for e in [0, 1] as a series of atanh, exact to rounding also for tiny e. */
+INLINE void log1p_many(const int count, vf *e) {
+    vf s[MANY], q[MANY], q2[MANY], p[MANY];
+    EACH s[i] = e[i] / (e[i] + 2.0f);
+    EACH q[i] = s[i] * s[i];
+    EACH q2[i] = q[i] * q[i];
+    EACH p[i] = q[i] * 4.002491026e-1f + 6.666631468e-1f;
+    EACH e[i] = q[i] * 2.817833371e-1f + 2.796060302e-1f;
+    EACH p[i] = e[i] * q2[i] + p[i];
+    EACH p[i] = p[i] * q[i] + 2.0f;
+    EACH e[i] = p[i] * s[i];
 }
+
+INLINE void softplus_many(const int count, const exp2_constants *k, vf *x) {
+    vf e[MANY];
+    EACH e[i] = at_least(splat(-EXP2_LIMIT), magnitude(x[i]) * -LOG2E);
+    exp2_many_bounded(count, k, e);
+    log1p_many(count, e);
+    EACH x[i] = at_least(splat(0.0f), x[i]) + e[i];
+}
+
 /* The softplus and its derivative, the sigmoid, out of one exponential. */
-INLINE vf softplus_and_slope(const exp2_constants *k, vf x, vf *slope) {
-    vf e = exp2_bounded(k, at_least(splat(-EXP2_LIMIT), magnitude(x) * -LOG2E)), r = 1.0f / (e + 1.0f);
-    *slope = choose(x < 0.0f, e * r, r);
-    return at_least(splat(0.0f), x) + log1p_(e);
+INLINE void softplus_and_slope_many(const int count, const exp2_constants *k, vf *x, vf *slope) {
+    vf e[MANY], r[MANY];
+    EACH e[i] = at_least(splat(-EXP2_LIMIT), magnitude(x[i]) * -LOG2E);
+    exp2_many_bounded(count, k, e);
+    EACH r[i] = 1.0f / (e[i] + 1.0f);
+    EACH slope[i] = choose(x[i] < 0.0f, e[i] * r[i], r[i]);
+    log1p_many(count, e);
+    EACH x[i] = at_least(splat(0.0f), x[i]) + e[i];
 }
-INLINE vf sigmoid(const exp2_constants *k, vf x) { return 1.0f / (exp2_any(k, x * -LOG2E) + 1.0f); }
-INLINE vf silu(const exp2_constants *k, vf x) { return x / (exp2_any(k, x * -LOG2E) + 1.0f); }
+
+INLINE void sigmoid_many(const int count, const exp2_constants *k, const vf *x, vf *y) {
+    EACH y[i] = x[i] * -LOG2E;
+    exp2_many_any(count, k, y);
+    EACH y[i] = 1.0f / (y[i] + 1.0f);
+}
+
+INLINE void silu_many(const int count, const exp2_constants *k, vf *x) {
+    vf e[MANY];
+    EACH e[i] = x[i] * -LOG2E;
+    exp2_many_any(count, k, e);
+    EACH x[i] = x[i] / (e[i] + 1.0f);
+}
 
 #endif
