@@ -61,7 +61,7 @@ def scan_job(arena: Arena) -> ScanJob:
     job.height, job.width = rng.choice((1, 1, 2, 3, 9)), rng.choice((1, 2, 5, 8, 30))
     job.batch, job.length = rng.choice((1, 1, 2)), job.height * job.width
     job.groups = rng.choice((1, 2, 4))
-    job.channels, job.d_state = rng.choice((1, 3, 15, 16, 17, 33)), rng.choice((1, 1, 2, 4, 5, 8, 16, 16, 31))
+    job.channels, job.d_state = rng.choice((1, 3, 15, 16, 17, 33, 100)), rng.choice((1, 1, 2, 4, 5, 8, 16, 16, 31))
     if rng.random() < 0.01:
         job.d_state = 256
     job.softplus = rng.random() < 0.7

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -91,6 +93,23 @@ def test_library_of_other_sources_is_refused(tmp_path, library_file, monkeypatch
         cpu_library.Library(library_file)
 
 
+@needs_compiler
+def test_library_of_other_sources_in_the_cache_is_not_used(tmp_path, library_file):
+    """Under the name of this version, undamaged, but compiled from other sources."""
+    own, other = cpu_build.source_hash().encode(), b"0123456789abcdef"
+    content = library_file.read_bytes()
+    assert own in content
+    content = content.replace(own, other)
+    stem, suffix = os.path.splitext(cpu_build.LIBRARY_NAME)
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    name = f"{stem}-{own.decode()}-{sys.platform}-{platform.machine()}-{digest}{suffix}"
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / name).chmod(0o644)
+    shown = python(SHOW, tmp_path, CC="/nonexistent", PATH="/nonexistent")
+    assert shown.startswith("False") and "another version of the sources (0123456789abcdef)" in shown
+    assert "no C compiler found" in shown
+
+
 def test_without_compiler_the_scan_falls_to_torch_and_says_so(tmp_path):
     message = python(SCAN, tmp_path, CC="/nonexistent", PATH="/nonexistent", PYTHONPATH=str(ROOT))
     assert "slower backend 'torch'" in message and "no C compiler found" in message
@@ -115,6 +134,13 @@ def test_cache_that_is_a_file_is_a_reason_with_the_cure(tmp_path):
     file.write_text("")
     shown = python(SHOW, file / "cache")
     assert shown.startswith("False") and cpu_library.CACHE_VARIABLE in shown
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a folder in which nobody may write is /proc")
+def test_cache_where_nobody_may_write_is_a_reason_with_the_cure():
+    shown = python(SHOW, Path("/proc/monai-mamba"))
+    assert shown.startswith("False") and "cannot write to /proc/monai-mamba" in shown
+    assert cpu_library.CACHE_VARIABLE in shown
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")

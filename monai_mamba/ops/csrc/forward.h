@@ -218,14 +218,14 @@ static void forward_states(const mm_scan_job *job, int64_t b, int64_t g, int64_t
 
 /* ---- one state: everything in one pass, some blocks at a time ---- */
 
-enum { STEPS_AHEAD = 8 };
+enum { STEPS_AHEAD = 8, WIDEST = VECTORS > 2 ? 2 : 4 }; /* WIDEST: blocks at a time */
 
 INLINE void single_state(const int vectors, const int softplus, const int gated, const int accumulate,
                          const block_work *w, const float *B, const float *C, const float *D, const float *bias,
                          const float *rates, float *state, const look_ahead *ahead) {
     const exp2_constants k = exp2_setup();
     const int count = vectors < GROUP ? vectors : GROUP;
-    vf h[4 * VECTORS];
+    vf h[WIDEST * VECTORS];
     UNROLL for (int v = 0; v < vectors; v++) h[v] = load(state + v * LANES);
     const look_ahead here = {{w->u, w->delta, w->y, w->z}, gated ? 4 : 3};
     for (int64_t t = 0; t < w->steps; t++) {
@@ -303,12 +303,13 @@ static void forward_single_state(const mm_scan_job *job, int64_t b, int64_t g, i
         route_positions(job, g, first + MM_CHUNK, MM_CHUNK, following);
         if (job->states) memcpy(state_rows(job, b, g, chunk, first_channel), state, (size_t)filled * sizeof(float));
         for (int64_t i = 0, together; i < own; i += together) {
-            together = wide && i + 4 * MM_BLOCK <= filled ? 4 * MM_BLOCK : wide && i + 2 * MM_BLOCK <= filled ? 2 * MM_BLOCK : MM_BLOCK;
+            int64_t most = !wide ? 1 : (filled - i) / MM_BLOCK;
+            together = (WIDEST == 4 && most >= 4 ? 4 : most >= 2 ? 2 : 1) * MM_BLOCK;
             block_work w = begin_block(job, b, g, first_channel + i, steps, position, accumulate, s);
             look_ahead ahead = i + together < own ? rows_ahead(job, b, g, first_channel + i + together, position)
                                                   : rows_ahead(job, b, g, first_channel, following);
-            if (together == 4 * MM_BLOCK)
-                single_state_of(4 * VECTORS, &w, B, C, D + i, bias + i, rates + i, state + i, &ahead);
+            if (WIDEST == 4 && together == 4 * MM_BLOCK)
+                single_state_of(WIDEST * VECTORS, &w, B, C, D + i, bias + i, rates + i, state + i, &ahead);
             else if (together == 2 * MM_BLOCK)
                 single_state_of(2 * VECTORS, &w, B, C, D + i, bias + i, rates + i, state + i, &ahead);
             else

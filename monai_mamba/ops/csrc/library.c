@@ -310,14 +310,16 @@ static int64_t backward_parts(const mm_scan_job *job) {
     return parts < blocks ? parts : blocks;
 }
 
-/* The forward pass adds nothing up across channels, so its parts may follow the number of threads: four items for each
- * thread where there are several, and no more channels side by side than leave states and rates in the first-level
- * cache. */
+/* The forward pass adds nothing up across channels, so its parts may follow the number of threads: up to four items for
+ * each thread where there are several, but none narrower than four blocks for that, whose rows would be torn apart; and
+ * no more channels side by side than leave states and rates in the first-level cache. */
 static int64_t forward_parts(const mm_scan_job *job, int64_t independent, int64_t threads) {
     int64_t blocks = mm_ceil(job->channels, MM_BLOCK);
     int64_t side_by_side = 16384 / (mm_padded_states(job->d_state) * MM_BLOCK * 2 * (int64_t)sizeof(float));
     int64_t parts = mm_ceil(blocks, side_by_side < 1 ? 1 : side_by_side);
-    int64_t wanted = threads > 1 ? mm_ceil(4 * threads, independent) : 1;
+    int64_t each = blocks * independent / (4 * threads);
+    each = each < 1 ? 1 : each > 4 ? 4 : each;
+    int64_t wanted = threads > 1 ? mm_ceil(each * threads, independent) : 1;
     if (parts < wanted) parts = wanted;
     return parts < blocks ? parts : blocks;
 }
