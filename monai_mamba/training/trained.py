@@ -217,7 +217,7 @@ def load_trained(
     except (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"does not fit the network of {root / CONFIG}; if the training changed the network by an option, give it "
-            f"again: {str(error).splitlines()[0]}",
+            f"again (--argument): {_first_reason(error)}",
             checkpoint,
         ) from error
     device = local_device() if device is None else torch.device(device)
@@ -245,6 +245,12 @@ def fingerprints(trained: Trained) -> dict[str, str]:
     """Return the SHA-256 of the files that make up a trained model, by name."""
     files = [trained.checkpoint, trained.checkpoint.parent / MODEL_CARD, trained.folder / CONFIG]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+
+
+def _first_reason(error: BaseException) -> str:
+    """The first difference; torch puts a headline above the list."""
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    return f"{lines[1] if len(lines) > 1 else lines[0]:.200}"
 
 
 def data_source(dataset_dir: os.PathLike[str] | str) -> Path:

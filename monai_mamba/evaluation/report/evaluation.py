@@ -466,7 +466,9 @@ def _explanations(folder: Path, test: Predictions) -> list[Section]:
         )
     sections += [
         Section("How the network orders the cases", wide=pictures)
-        for pictures in [_optional_picture(folder / "embeddings.png", "PCA and t-SNE of the last features")]
+        for pictures in [
+            _optional_picture(folder / "embeddings.png", "PCA and t-SNE of the features; crosses are wrong")
+        ]
         if pictures
     ]
     return sections
