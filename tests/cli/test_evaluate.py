@@ -92,3 +92,26 @@ def test_command_scores_a_table_of_landmarks(tmp_path, capsys):
     check_self_contained((tmp_path / "out" / "report.html").read_text())
     assert main(["evaluate", str(table), "-o", str(tmp_path / "out"), "--validation", str(table)]) == 2
     assert main(["evaluate", str(tmp_path / "none.csv"), "-o", str(tmp_path / "out")]) == 1
+
+
+def test_reports_of_many_classes_and_of_several_labels_at_once(tmp_path):
+    generator = np.random.default_rng(0)
+    names = [f"c{i}" for i in range(9)]
+    lines = ["case,study,label," + ",".join(f"prob_{n}" for n in names)]
+    several = ["case," + ",".join(f"label_{n}" for n in names) + "," + ",".join(f"prob_{n}" for n in names)]
+    for case in range(40):
+        probs = generator.dirichlet(np.ones(9))
+        lines.append(f"{case},s{case // 2},{case % 8}," + ",".join(map(str, probs)))
+        label = [int(i != 8 and generator.random() < 0.4) for i in range(9)]
+        several.append(f"{case}," + ",".join(map(str, [*label, *generator.random(9)])))
+    for name, table, texts in (
+        ("many", lines, ["Without a case, hence without AUC: c8", "No scores by study: cases of one study have"]),
+        ("several", several, ["Not measurable, one label only: c8", "threshold 0.5", "positives"]),
+    ):
+        (tmp_path / f"{name}.csv").write_text("\n".join(table) + "\n")
+        arguments = ["evaluate", str(tmp_path / f"{name}.csv"), "-o", str(tmp_path / name), "--draws", "20"]
+        arguments += ["--validation", str(tmp_path / f"{name}.csv"), "--compare", str(tmp_path / f"{name}.csv")]
+        assert main(arguments) == 0
+        text = check_self_contained((tmp_path / name / "report.html").read_text()).text
+        for wanted in texts:
+            assert wanted in text, wanted
