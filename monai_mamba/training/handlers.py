@@ -313,6 +313,11 @@ class MeanRadialError(Metric):
         return float(errors[~errors.isnan()].mean())
 
 
+def is_lower(current: float, best: float) -> bool:
+    """Compare errors in millimeters, for the ``metric_cmp_fn`` of MONAI's evaluators, whose first best value is -1."""
+    return best < 0 or current < best
+
+
 class SingleOutput:
     """Switch deep supervision off while an evaluator runs, so that the network returns one map, and on again after it.
 
