@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from monai_mamba.errors import DatasetError
 from monai_mamba.evaluation.landmarks import evaluate_files
 from monai_mamba.heat_maps import AMPLITUDE, SIGMA_VOX, decode_heat_maps, gaussian_heat_maps, voxel_to_world
-from monai_mamba.networks import NNMambaLandmark
+from monai_mamba.networks import NNMambaLandmark, NNMambaSeg
 from monai_mamba.nnunet.annotations import landmark_names, landmarks_in_array, raise_problems, read_landmarks
 from monai_mamba.nnunet.geometry import preprocessed_affine
 from monai_mamba.nnunet.task_data import LandmarkLoader
@@ -80,6 +80,7 @@ class LandmarkTrainer(TaskTrainer):
     """
 
     network_class = HeatMapNetwork
+    planned_network = NNMambaSeg
     metric = "MRE in mm"
     is_better_when_lower = True
     learning_rate = 1e-3

@@ -17,7 +17,7 @@ from monai_mamba.networks import NNMambaSeg
 from monai_mamba.nnunet.checkpoint import load_or_previous, previous_path, replace_atomically
 from monai_mamba.nnunet.guard import GradientGuard
 from monai_mamba.nnunet.randomness import capture_random_state, restore_random_state
-from monai_mamba.nnunet.workers import explained_export_failures, explained_worker_failures, worker_processes
+from monai_mamba.nnunet.workers import explained_failures, export_failure, loading_failure, worker_processes
 
 #: Length of a run, for callers that cannot edit a class: the commands of this package and tests.
 EPOCHS_VARIABLE = "MONAI_MAMBA_EPOCHS"
@@ -46,6 +46,7 @@ class MambaTrainer(nnUNetTrainer):
     Attributes:
         network_class: a network with deep supervision at full, 1/2, 1/4 and 1/8 resolution.
         network_arguments: passed on to it.
+        planned_network: the network that plans may be made for, if it is another one.
         optimizer_name: ``"adamw"``, ``"adam"`` or ``"sgd"`` (momentum 0.99, Nesterov), each with nnU-Net's polynomial
             decay of the learning rate.
         learning_rate, decay: learning rate at the first epoch, weight decay.
@@ -58,6 +59,7 @@ class MambaTrainer(nnUNetTrainer):
 
     network_class: type[nn.Module] = NNMambaSeg
     network_arguments: dict[str, Any] = {}  # noqa: RUF012 - read only; subclasses replace it
+    planned_network: type[nn.Module] | None = None
     optimizer_name = "adamw"
     learning_rate = 2e-3
     decay = 3e-5
@@ -142,7 +144,7 @@ class MambaTrainer(nnUNetTrainer):
     def _check_plans(self) -> None:
         name = self.configuration_manager.network_arch_class_name
         planned = pydoc.locate(name) if name.startswith("monai_mamba.") else None
-        own = self.network_class
+        own = self.planned_network or self.network_class
         if isinstance(planned, type) and not (issubclass(own, planned) or issubclass(planned, own)):
             raise ValueError(
                 f"the plans {self.plans_manager.plans_name!r} are made for {name}, {type(self).__name__} trains "
@@ -226,11 +228,11 @@ class MambaTrainer(nnUNetTrainer):
             return super().train_step(batch)
 
     def run_training(self) -> None:
-        with explained_worker_failures(self):
+        with explained_failures(self, loading_failure):
             super().run_training()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        with explained_export_failures(self):
+        with explained_failures(self, export_failure):
             super().perform_actual_validation(save_probabilities)
 
     def on_train_start(self) -> None:

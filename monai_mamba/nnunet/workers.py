@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,12 @@ _COMPLAINT = "background workers are no longer alive"
 
 
 @contextmanager
-def explained_worker_failures(trainer: Any) -> Iterator[None]:
-    """Turn the complaint about dead workers of data loading into an error with cause and cure.
+def explained_failures(trainer: Any, explain: Callable[[Any], str]) -> Iterator[None]:
+    """Turn the complaint about dead workers into an error with cause and cure, which the log gets too.
+
+    Args:
+        trainer: that runs.
+        explain: :func:`loading_failure` or :func:`export_failure`.
 
     Raises:
         RunError: in place of the complaint.
@@ -25,31 +29,19 @@ def explained_worker_failures(trainer: Any) -> Iterator[None]:
     except RuntimeError as error:
         if _COMPLAINT not in str(error):
             raise
-        trainer.print_to_log_file("A background worker of the data loading died; looking for the cause ...")
-        text = _cause(trainer)
+        trainer.print_to_log_file("A background worker died; looking for the cause ...")
+        text = explain(trainer)
         trainer.print_to_log_file(text)
         raise RunError(text) from error
 
 
-@contextmanager
-def explained_export_failures(trainer: Any) -> Iterator[None]:
-    """The same for the processes that nnU-Net's validation starts to resample and write predictions.
-
-    Raises:
-        RunError: in place of the complaint.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if _COMPLAINT not in str(error):
-            raise
-        text = (
-            "a process that resamples and writes the validation's predictions was ended from outside, almost always "
-            f"because memory ran out ({_memory()}). The training is finished and saved: repeat the validation with "
-            "nnUNet_def_n_proc=1 and --val"
-        )
-        trainer.print_to_log_file(text)
-        raise RunError(text) from error
+def export_failure(_trainer: Any) -> str:
+    """Explain the death of a process that resamples and writes the predictions of nnU-Net's validation."""
+    return (
+        "a process that resamples and writes the validation's predictions was ended from outside, almost always "
+        f"because memory ran out ({_memory()}). The training is finished and saved: repeat the validation with "
+        "nnUNet_def_n_proc=1 and --val"
+    )
 
 
 def worker_processes(*augmenters: Any) -> list[Any]:
@@ -60,7 +52,8 @@ def worker_processes(*augmenters: Any) -> list[Any]:
     return [process for augmenter in augmenters for process in getattr(augmenter, "_processes", [])]
 
 
-def _cause(trainer: Any) -> str:
+def loading_failure(trainer: Any) -> str:
+    """Find out why a worker of the data loading died: its signal, a damaged case, or an error that can be repeated."""
     cure = (
         "Set nnUNet_n_proc_DA to a smaller number of workers, or to 0: then the main process loads the data and shows "
         "every error as it is"
