@@ -50,10 +50,12 @@ RUNS: dict[str, list[tuple[str, str, str, dict[str, Any], tuple[str, ...], tuple
          {**_TWO_VIEW, "network_def": _SINGLE_VIEW}, ("mamba",), (42,)),
     ],
     "landmarks": [
-        ("NNMambaLandmark (16 filters), hippocampus", "nnmamba_landmark", "hippocampus_landmarks",
+        ("NNMambaLandmark (16 filters), batches of 2", "nnmamba_landmark", "hippocampus_landmarks",
          {"batch_size": 2, "max_epochs": 14, "window": 3}, TWINS, (1234,)),
-        ("NNMambaLandmark (16 filters), hippocampus", "nnmamba_landmark", "hippocampus_landmarks",
-         {"batch_size": 2, "max_epochs": 14, "window": 3}, ("mamba",), (1235, 1236)),
+        ("NNMambaLandmark (16 filters), batches of 4", "nnmamba_landmark", "hippocampus_landmarks",
+         {"max_epochs": 9, "window": 3}, ("mamba",), (1234,)),
+        ("NNMambaLandmark (16 filters), batches of 4, head conv1x1", "nnmamba_landmark", "hippocampus_landmarks",
+         {"head": "conv1x1", "max_epochs": 9, "window": 3}, ("mamba",), (1234,)),
     ],
 }  # fmt: skip
 
