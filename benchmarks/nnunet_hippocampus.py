@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--no-mirroring", action="store_true", help="predict without mirrored copies (8 times as fast)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--costs-only", action="store_true", help="print parameters and GMACs; train nothing")
     arguments = parser.parse_args()
 
     variables = {"nnUNet_extTrainer": str(TRAINERS)}
@@ -92,6 +93,11 @@ def main() -> None:
     job = Job(arguments.work.resolve(), variables)
     structures = prepare(arguments, job)
     counts = {name: costs_of(CONTESTANTS[name], job) for name in arguments.trainers}
+    if arguments.costs_only:
+        for name, costs in counts.items():
+            print(f"{name}: {costs['parameters'] / 1e6:.2f} M parameters, {costs['macs'] / 1e9:.2f} GMACs a patch")
+        print(paper_line(paper_comparison()))
+        return
 
     rows = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
     done = {(row["trainer"], row["fold"], row["seed"]) for row in rows}
@@ -348,15 +354,19 @@ def table(rows: list[dict], summary: list[dict], paper: list[dict]) -> list[str]
             f"| {entry['trainer']} | {np.median(row['epoch_seconds']):.0f} | {peak / 2**30:.2f} | "
             f"{costs['parameters'] / 1e6:.2f} | {costs['macs'] / 1e9:.2f} | {costs['scan_operations'] / 1e9:.2f} |"
         )
+    lines += ["", paper_line(paper)]
+    return lines
+
+
+def paper_line(paper: list[dict]) -> str:
+    """Say how large both networks are in the paper's case."""
     unet, mamba = paper
-    lines += [
-        "",
+    return (
         "One volume of 128 x 128 x 128, 16 classes: "
         f"nnU-Net {unet['parameters'] / 1e6:.2f} M parameters and {unet['macs'] / 1e9:.1f} GMACs, "
         f"nnMamba {mamba['parameters'] / 1e6:.2f} M and {mamba['macs'] / 1e9:.1f}: "
-        f"{mamba['parameters'] / unet['parameters']:.2f} and {mamba['macs'] / unet['macs']:.2f} of it.",
-    ]
-    return lines
+        f"{mamba['parameters'] / unet['parameters']:.2f} and {mamba['macs'] / unet['macs']:.2f} of it."
+    )
 
 
 def draw(summary: list[dict], path: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="nnU-Net with this package's trainers. prepare, predict-landmarks and predict-classes serve the trainers for "
-    "landmarks and classes. train, predict and predict-from-modelfolder are nnU-Net's own commands, needed only where "
-    "the start-up file does not work (python -S, pip install --target, a broken torchvision)."
+    help="nnU-Net with this package's trainers. plan fits patch and batch size to the memory of this package's "
+    "networks. prepare, predict-landmarks and predict-classes serve the trainers for landmarks and classes. train, "
+    "predict and predict-from-modelfolder are nnU-Net's own commands, needed only where the start-up file does not "
+    "work (python -S, pip install --target, a broken torchvision)."
 )
 
 # Options are nnU-Net's, --help included.
@@ -118,6 +119,42 @@ def predict_classes(context: typer.Context) -> None:
     from monai_mamba.nnunet.prediction import predict_classes
 
     raise typer.Exit(predict_classes(context.args))
+
+
+@app.command()
+def plan(
+    dataset: Annotated[str, typer.Option("-d", help="Number or name of the data set, as in nnU-Net.")],
+    network: Annotated[
+        str, typer.Option(help="nnmamba, or for slices medmamba_t/s/b, vmamba_t/s/b, xfmamba_t/s/b.")
+    ] = "nnmamba",
+    gpu_memory: Annotated[float, typer.Option(help="Memory of the device in GiB.", min=0.1)] = 8,
+    configurations: Annotated[
+        list[str] | None, typer.Option("-c", help="Configuration to plan; repeat for more. Default: all that fit.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="autocast (CUDA) or float32 (CPU, and trainers without autocast).")
+    ] = "autocast",
+    plans_name: Annotated[str | None, typer.Option(help="Name of the plans; default NETWORKPlans.")] = None,
+) -> None:
+    """Write a plans file with patch and batch size for the memory of one of this package's networks.
+
+    Needs nnU-Net's fingerprint of the data set (nnUNetv2_extract_fingerprint). Train with the plans by nnU-Net's own
+    trainer, nnUNetv2_train ID CONFIGURATION FOLD -p NAME, or by the network's trainer here (-tr nnMambaTrainer).
+    """
+    from monai_mamba.nnunet.planner import GIB, plan_dataset
+
+    planned = plan_dataset(
+        dataset, network, gpu_memory, precision, plans_name, configurations, report=lambda line: typer.echo(line)
+    )
+    name, data = planned["plans_name"], planned["dataset_name"]
+    for configuration, values in planned["configurations"].items():
+        if "planned_for" in values:
+            patch = " x ".join(map(str, values["patch_size"]))
+            peak = values["planned_for"]["predicted_peak_bytes"] / GIB
+            typer.echo(f"{configuration}: {values['batch_size']} patches of {patch}, {peak:.2f} GiB")
+    typer.echo(f"Written: {name}.json of {data}. Next (images that are there already are kept):")
+    typer.echo(f"  nnUNetv2_preprocess -d {dataset} -plans_name {name} -c {' '.join(planned['configurations'])}")
+    typer.echo(f"  nnUNetv2_train {dataset} {next(reversed(planned['configurations']))} 0 -p {name}")
 
 
 def _seed_everything(seed: int) -> None:

@@ -150,6 +150,13 @@ class MambaTrainer(nnUNetTrainer):
                 f"the plans {self.plans_manager.plans_name!r} are made for {name}, {type(self).__name__} trains "
                 f"{own.__name__}; choose the trainer of that network with -tr, or other plans with -p"
             )
+        patch, batch = self.configuration_manager.patch_size, self.configuration_manager.batch_size
+        if len(patch) not in (2, 3) or not all(isinstance(n, int) and n > 0 for n in (*patch, batch)):
+            raise ValueError(
+                f"`patch_size` of the plans {self.plans_manager.plans_name!r} must be two or three positive whole numbers "
+                f"and `batch_size` one, got {patch} and {batch}; plan again, or correct "
+                f"{self.configuration_name} in the plans file"
+            )
 
     def initialize(self) -> None:
         super().initialize()
@@ -215,13 +222,16 @@ class MambaTrainer(nnUNetTrainer):
         ]
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        finite = [output for output in train_outputs if np.isfinite(output["loss"])]
+        finite = [output["loss"] for output in train_outputs if np.isfinite(output["loss"])]
         if len(finite) < len(train_outputs):
             self.print_to_log_file(
                 f"{len(train_outputs) - len(finite)} of {len(train_outputs)} losses of this epoch were not finite; "
                 f"{self._guard.num_skipped} steps were skipped since the training was started"
             )
-        super().on_train_epoch_end(finite or train_outputs)
+            # As many as before: nnU-Net stacks the losses of all processes.
+            mean = np.asarray(np.mean(finite) if finite else np.nan)
+            train_outputs = [o if np.isfinite(o["loss"]) else {**o, "loss": mean} for o in train_outputs]
+        super().on_train_epoch_end(train_outputs)
 
     def train_step(self, batch: dict) -> dict:
         with self._guard.count():

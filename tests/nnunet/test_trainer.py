@@ -388,3 +388,9 @@ def test_kill_9_during_saving_never_leaves_less_than_a_whole_checkpoint(make_tra
         assert newest["network_weights"].keys() == trainer.network.state_dict().keys()
         assert load_or_previous(previous_path(path), torch.device("cpu"))["current_epoch"] >= 1
     assert interrupted >= 5, "the kills hit no write: the test proves nothing"
+
+
+@pytest.mark.parametrize("patch_size", [(0, 32, 32), (16, 32.5, 32), (32,)], ids=str)
+def test_plans_with_impossible_patches_are_refused(make_trainer, patch_size):
+    with pytest.raises(ValueError, match="`patch_size` of the plans 'nnUNetPlans' must be two or three positive whole"):
+        make_trainer(patch_size=patch_size)
