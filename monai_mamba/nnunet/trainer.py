@@ -153,8 +153,8 @@ class MambaTrainer(nnUNetTrainer):
         patch, batch = self.configuration_manager.patch_size, self.configuration_manager.batch_size
         if len(patch) not in (2, 3) or not all(isinstance(n, int) and n > 0 for n in (*patch, batch)):
             raise ValueError(
-                f"`patch_size` of the plans {self.plans_manager.plans_name!r} must be two or three positive whole numbers "
-                f"and `batch_size` one, got {patch} and {batch}; plan again, or correct "
+                f"`patch_size` of the plans {self.plans_manager.plans_name!r} must be two or three positive whole "
+                f"numbers and `batch_size` one, got {patch} and {batch}; plan again, or correct "
                 f"{self.configuration_name} in the plans file"
             )
 

@@ -43,14 +43,16 @@ class NNUNetFolders:
         variables = {name: str(self.root / name.removeprefix("nnUNet_")) for name in _FOLDERS}
         return os.environ | variables | {"OMP_NUM_THREADS": "2"} | extra
 
-    def run(self, *command: str, check: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, check: bool = True, timeout: float = 540, **extra: str
+    ) -> subprocess.CompletedProcess[str]:
         program = Path(sys.executable).with_name(command[0])
         result = subprocess.run(
             [str(program), *command[1:]],
             env=self.environment(**extra),
             capture_output=True,
             text=True,
-            timeout=540,
+            timeout=timeout,
             stdin=subprocess.DEVNULL,
         )
         if check and result.returncode:

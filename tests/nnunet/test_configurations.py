@@ -32,7 +32,7 @@ class Models:
 
     def run(self, command: str, check: bool = True, **environment: str):
         return self.folders.run(
-            *command.split(), check=check, **{**FEW, "nnUNet_results": str(self.results), **environment}
+            *command.split(), check=check, timeout=1800, **{**FEW, "nnUNet_results": str(self.results), **environment}
         )
 
     def model(self, configuration: str, plans: str = "nnUNetPlans", trainer: str = TRAINER) -> Path:
