@@ -289,7 +289,9 @@ class Tree:
         return self._cache.num_read
 
     def close(self) -> None:
+        """End the cache and let go of the tables; a plan keeps what it needs of them."""
         self._cache.close()
+        self._tables.clear()
 
 
 class FactCache:

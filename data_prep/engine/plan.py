@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.book import Book, Verdict
-from data_prep.engine.files import write_whole
+from data_prep.engine.files import write_lines, write_whole
 from data_prep.errors import DatasetError, UsageError
 from data_prep.identity import Pseudonyms
 from data_prep.layouts import LAYOUTS, Entry, Layout
@@ -109,8 +109,13 @@ class Plan:
         return text.getvalue()
 
     def save(self, folder: Path) -> None:
-        """Write ``plan.json`` (for ``merge``) and ``plan.csv`` (for people)."""
-        content = {
+        """Write ``plan.jsonl`` (for ``merge``) and ``plan.csv`` (for people)."""
+        write_lines(folder / "plan.jsonl", self._lines())
+        write_whole(folder / "plan.csv", self.table())
+
+    def _lines(self) -> Iterator[str]:
+        """One JSON line per case, verdict and input, so that a large plan never is in memory a second time."""
+        header = {
             "version": PLAN_VERSION,
             "source": self.source,
             "options": self.options,
@@ -119,14 +124,15 @@ class Plan:
             "is_personal": self.is_personal,
             "roots": self.roots,
             "notes": self.notes,
-            "stamps": self.stamps,
-            "entries": [_slim(entry) for entry in self.entries],
-            "verdicts": [[dataclasses.astuple(ref), dataclasses.astuple(v)] for ref, v in self.verdicts.items()],
-            "shown": self.shown,
             "expected": self.expected,
         }
-        write_whole(folder / "plan.json", json.dumps(content, default=str) + "\n")
-        write_whole(folder / "plan.csv", self.table())
+        yield json.dumps(header, default=str)
+        for entry in self.entries:
+            yield json.dumps({"entry": dataclasses.asdict(entry)}, default=str)
+        for ref, verdict in self.verdicts.items():
+            yield json.dumps({"verdict": [dataclasses.astuple(ref), dataclasses.astuple(verdict)]})
+        for path, shown in self.shown.items():
+            yield json.dumps({"input": [path, shown, self.stamps.get(path)]})
 
     @classmethod
     def load(cls, folder: Path) -> Plan:
@@ -136,28 +142,29 @@ class Plan:
             UsageError: no plan there, or one of another version.
         """
         try:
-            content = json.loads((folder / "plan.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError("there is no plan for this data set; run the shards first.") from error
-        if content["version"] != PLAN_VERSION:
-            raise UsageError("the plan was made by another version; run the shards again.")
-        description = content["description"]
-        for key in ("channels", "landmark_names", "regions_class_order"):
-            description[key] = None if description[key] is None else tuple(description[key])
-        return cls(
-            source=content["source"],
-            options=content["options"],
-            description=Description(**description),
-            layout=content["layout"],
-            is_personal=content["is_personal"],
-            roots=content["roots"],
-            entries=[_fat(entry) for entry in content["entries"]],
-            verdicts={Ref(*ref): Verdict(*verdict) for ref, verdict in content["verdicts"]},
-            shown=content["shown"],
-            notes=content["notes"],
-            stamps=content["stamps"],
-            expected=content["expected"],
-        )
+            with open(folder / "plan.jsonl", encoding="utf-8") as file:
+                header = json.loads(file.readline())
+                if header.pop("version") != PLAN_VERSION:
+                    raise UsageError("the plan was made by another version; run the shards again.")
+                description = header.pop("description")
+                for key in ("channels", "regions_class_order"):
+                    description[key] = None if description[key] is None else tuple(description[key])
+                plan = cls(description=Description(**description), entries=[], verdicts={}, shown={}, **header)
+                for line in file:
+                    content = json.loads(line)
+                    if "entry" in content:
+                        plan.entries.append(_fat(content["entry"]))
+                    elif "verdict" in content:
+                        ref, verdict = content["verdict"]
+                        plan.verdicts[Ref(*ref)] = Verdict(*verdict)
+                    else:
+                        path, shown, stamp = content["input"]
+                        plan.shown[path] = shown
+                        if stamp is not None:
+                            plan.stamps[path] = stamp
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError("there is no plan for this data set, or it is damaged; run the shards first.") from error
+        return plan
 
 
 def make_plan(
@@ -237,10 +244,6 @@ def all_lines(plan: Plan) -> Iterator[tuple[Ref, Verdict | None, list[str]]]:
             users.setdefault(ref, []).append(entry.name)
     for ref in sorted(users.keys() | plan.verdicts.keys()):
         yield ref, plan.verdicts.get(ref), users.get(ref, [])
-
-
-def _slim(entry: Entry) -> dict[str, Any]:
-    return dataclasses.asdict(entry)
 
 
 def _fat(content: dict[str, Any]) -> Entry:
