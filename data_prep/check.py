@@ -294,10 +294,10 @@ def _compare_sides(
     for kind, (first, second) in by_kind.items():
         seen = set()
         for value in sorted(first.keys() & second.keys()):
-            cases = " and ".join(sorted(first[value] | second[value]))
-            if cases not in seen:  # two hashes of one image
-                findings.add("leakage", cases, f"the same {kind} on both sides of {where}")
-            seen.add(cases)
+            named = " and ".join(sorted(first[value] | second[value]))
+            if named not in seen:  # two hashes of one image
+                findings.add("leakage", named, f"the same {kind} on both sides of {where}")
+            seen.add(named)
 
 
 def _check_cases_table(out: Path, lines: list[dict[str, Any]], findings: Findings) -> None:

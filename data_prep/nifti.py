@@ -180,7 +180,8 @@ def verify_stream(nifti: NiftiFile) -> str:
         ImageReadError: truncated, damaged, or longer than the header says.
     """
     expected = nifti.num_bytes
-    count, offset = 0, int(nifti.image.dataobj.offset)
+    proxy: Any = nifti.image.dataobj
+    count, offset = 0, int(proxy.offset)
     digest = hashlib.sha256(f"{nifti.grid.shape} {nifti.image.get_data_dtype()}".encode())
     try:
         with gzip.open(nifti.path, "rb") if nifti.is_gzip else open(nifti.path, "rb") as file:
