@@ -196,6 +196,7 @@ def _facts(dataset: Dataset) -> dict[str, Any]:
             return {"kind": "damaged", "detail": "the header breaks off, or lacks the size of the image"}
         return facts
     image_type = plain(dataset, "ImageType") or []
+    photometric = plain(dataset, "PhotometricInterpretation")
     sides = [_code(plain(dataset, name)) for name in ("ImageLaterality", "Laterality")]
     words = {str(word).strip().upper() for word in ([image_type] if isinstance(image_type, str) else image_type)}
     facts |= {
@@ -204,7 +205,7 @@ def _facts(dataset: Dataset) -> dict[str, Any]:
         "columns": int(dataset.Columns),
         "samples": int(dataset.get("SamplesPerPixel") or 1),
         "frames": int(plain(dataset, "NumberOfFrames") or 1),
-        "photometric": _code(plain(dataset, "PhotometricInterpretation")),
+        "photometric": _code(photometric) or ("UNKNOWN" if photometric else ""),
         "acquisition": _number(plain(dataset, "AcquisitionNumber")),
         "view": next((v for v in [_code(plain(dataset, "ViewPosition"))] if v in _VIEWS), ""),
         "laterality": next((v for v in sides if v in ("L", "R")), ""),
