@@ -261,10 +261,11 @@ def decode(dataset: Any, path: Path) -> np.ndarray:
         pixels = _native_pixels(dataset)
         if pixels is not None:
             return pixels
+        _check_stream_size(dataset)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return np.asarray(dataset.pixel_array)
-    except MemoryError:
+    except (MemoryError, DicomReadError):
         raise
     except Exception as error:
         if str(dataset.file_meta.get("TransferSyntaxUID", "")) not in _JPEG:
@@ -284,11 +285,7 @@ def _decode_jpeg(dataset: Any) -> np.ndarray:
     """
     import SimpleITK as sitk
 
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    size = (int(dataset.Rows), int(dataset.Columns))
-    for frame in generate_frames(dataset.PixelData, number_of_frames=frames):
-        if jpeg_size(frame) != size:
-            raise ValueError("size")
+    frames, size = int(dataset.get("NumberOfFrames") or 1), (int(dataset.Rows), int(dataset.Columns))
     bare = Dataset()
     for name in ("SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "BitsAllocated",
                  "BitsStored", "HighBit", "PixelRepresentation", "PixelData"):  # fmt: skip
@@ -310,14 +307,31 @@ def _decode_jpeg(dataset: Any) -> np.ndarray:
     return values if frames > 1 else values[0]
 
 
-def jpeg_size(stream: bytes) -> tuple[int, int] | None:
-    """Rows and columns that a JPEG stream announces in its frame header."""
+def _check_stream_size(dataset: Any) -> None:
+    """Refuse a stream (JPEG, JPEG-LS, JPEG 2000) of another size than the header says, before memory is taken."""
+    if not str(dataset.file_meta.get("TransferSyntaxUID", "")).startswith("1.2.840.10008.1.2.4."):
+        return
+    size = (int(dataset.Rows), int(dataset.Columns))
+    for frame in generate_frames(dataset.PixelData, number_of_frames=int(dataset.get("NumberOfFrames") or 1)):
+        if stream_size(frame) not in (size, None):
+            raise DicomReadError("unreadable-pixels", "the compressed stream has another size than the header says")
+
+
+def stream_size(stream: bytes) -> tuple[int, int] | None:
+    """Rows and columns that a JPEG, JPEG-LS or JPEG 2000 stream announces; ``None`` when it does not say."""
+
+    def number(start: int, count: int) -> int:
+        return int.from_bytes(stream[start : start + count], "big")
+
+    at = stream[:512].find(b"\xff\x4f\xff\x51")  # JPEG 2000: start of codestream, then its size
+    if at >= 0:
+        return number(at + 12, 4) - number(at + 20, 4), number(at + 8, 4) - number(at + 16, 4)
     at = 2
     while at + 9 <= len(stream) and stream[at] == 0xFF:
-        marker, length = stream[at + 1], int.from_bytes(stream[at + 2 : at + 4], "big")
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return int.from_bytes(stream[at + 5 : at + 7], "big"), int.from_bytes(stream[at + 7 : at + 9], "big")
-        at += 2 + length
+        marker = stream[at + 1]
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            return number(at + 5, 2), number(at + 7, 2)
+        at += 2 + number(at + 2, 2)
     return None
 
 
