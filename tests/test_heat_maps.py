@@ -32,10 +32,22 @@ def test_loss_leaves_out_landmarks_that_a_case_does_not_have():
     assert target[0, 1].isnan().all()
     output = torch.zeros(1, 2, 4, 4, requires_grad=True)
     loss = HeatMapLoss()(output, target)
-    assert loss.item() == pytest.approx(float((target[0, 0] ** 2).mean()))
+    assert loss.item() == pytest.approx(float((target[0, 0] ** 2).mean()) / 2)  # of two maps
     loss.backward()
     assert (output.grad[0, 1] == 0).all()
     assert float(HeatMapLoss()(output, torch.full_like(output, float("nan")))) == 0
+
+
+def test_loss_of_all_cases_is_the_mean_over_its_shares():
+    # What several processes compute: their shares have different numbers of missing landmarks.
+    generator = torch.Generator().manual_seed(0)
+    output, target = torch.rand(2, 4, 3, 5, 6, generator=generator)
+    whole = HeatMapLoss()(output, target)
+    assert whole == torch.nn.functional.mse_loss(output, target)
+    target[0] = target[1, 1] = float("nan")
+    parts = [HeatMapLoss()(output[part], target[part]) for part in (slice(0, 2), slice(2, 4))]
+    assert parts[0] < parts[1]
+    torch.testing.assert_close(torch.stack(parts).mean(), HeatMapLoss()(output, target))
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ class NonFiniteGuard:
 
     def __call__(self, engine: Engine) -> None:
         output: Any = engine.state.output
-        loss = float(output["loss"])
+        loss = float(output["loss"].detach())
         if math.isfinite(loss):
             return
         batch: Any = engine.state.batch

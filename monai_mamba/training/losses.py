@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,15 +36,19 @@ class SingleLogitLoss(nn.BCEWithLogitsLoss):
 
 
 class HeatMapLoss(nn.Module):
-    """Mean squared error of heat maps ``(B, landmarks, *spatial)``; NaN maps (landmarks a case lacks) are left out."""
+    """Mean squared error of heat maps; one that is NaN (a landmark that the case lacks) asks for nothing.
+
+    The sum of the squares is divided by the number of all values, those of the missing maps too. Divided by what is
+    known in the batch, a landmark would weigh more the fewer others happen to be in its batch, and the mean over
+    several processes or accumulated batches would not be the loss of all their cases together. Here every annotated
+    landmark counts the same in an epoch; the number printed is lower where many are missing.
+
+    Shape:
+        input and target ``(B, landmarks, *spatial)``.
+    """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        is_known = ~target.flatten(2).isnan().any(2)  # (B, landmarks)
-        if is_known.all():
-            return F.mse_loss(input, target)
-        if not is_known.any():
-            return input.sum() * 0.0  # a batch without any landmark changes nothing
-        return F.mse_loss(input[is_known], target[is_known])
+        return F.mse_loss(input, torch.where(target.isnan(), input.detach(), target))
 
 
 def classification_loss(
