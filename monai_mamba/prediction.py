@@ -293,7 +293,7 @@ def _readable_file(path: Path, work: Path, pictures: bool) -> Path:
 
             from data_prep.dicom.projection import render
 
-            pixels, _ = render(read_dataset(path, pixels=True), path)
+            pixels, _ = render(read_dataset(path, pixels=True))
             work.mkdir()
             Image.fromarray(pixels).save(work / "image.png")
             return work / "image.png"

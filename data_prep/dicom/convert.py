@@ -9,31 +9,30 @@ report says so. The affine that is written is the one computed from the headers,
 from __future__ import annotations
 
 import functools
+import math
 import re
 import subprocess
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import generate_frames
+from pydicom.dataset import Dataset
 from pydicom.uid import RLELossless
 
 from data_prep.dicom.headers import frame_facts, named_errors, plain, read_dataset, slice_facts
+from data_prep.dicom.pixels import UNCOMPRESSED, decode
 from data_prep.errors import CaseError, DicomReadError
 from data_prep.geometry import TOLERANCE_MM, Grid, max_distance_mm
+from data_prep.memory import bounded
 from data_prep.nifti import open_nifti, write_nifti
 from data_prep.operations import Job, Outcome, operation
 
 #: seconds one call of dcm2niix may take
 CONVERTER_TIMEOUT = 600.0
-_UNCOMPRESSED = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"}
-#: baseline, extended, and the two lossless processes of JPEG
-_JPEG = {f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70)}
-_LITTLE_ENDIAN = _UNCOMPRESSED - {"1.2.840.10008.1.2.2"}
 _MAX_VOLUME_BYTES = 16 << 30
+#: bytes that all copies of a voxel may take; straightening uneven slices takes most, at several times their number
+_MEMORY_PER_VOXEL = 96
 _DOUBTS = (
     "gantry tilt",
     "interslice distance varies",
@@ -73,11 +72,18 @@ def volume(job: Job) -> Outcome:
         onto: the stack of the first channel (``affine``, ``shape``) when this one is to be resampled onto it.
         notes: of the plan.
     """
-    params = job.params
-    shape, affine = tuple(params["shape"]), np.array(params["affine"], dtype=np.float64)
-    notes = list(params.get("notes", []))
-    if int(np.prod(shape, dtype=object)) * 4 > _MAX_VOLUME_BYTES:
+    shape = tuple(job.params["shape"])
+    voxels = math.prod(shape)
+    if voxels * 4 > _MAX_VOLUME_BYTES:
         raise DicomReadError("too-large", f"{' x '.join(map(str, shape))} voxels")
+    voxels += math.prod(job.params["onto"]["shape"]) if job.params.get("onto") else 0
+    with bounded(job.inputs, _MEMORY_PER_VOXEL * voxels):
+        return _make_volume(job, shape)
+
+
+def _make_volume(job: Job, shape: tuple[int, ...]) -> Outcome:
+    params = job.params
+    affine, notes = np.array(params["affine"], dtype=np.float64), list(params.get("notes", []))
     reader = SliceReader(job.inputs, params["slices"])
     data, is_padding = read_slices(reader, shape, affine, params["positions"], params.get("repair", ""))
     # dcm2niix and the decoders of pydicom share no code; of compressed series, decoding twice would double the time.
@@ -111,6 +117,11 @@ def mosaic(job: Job) -> Outcome:
     dcm2niix unfolds it; every tile and the affine that follows from the header are compared with the result. The
     header's position is that of the corner of the whole mosaic, as if it were one large slice.
     """
+    with bounded(job.inputs, 0):
+        return _unfold(job)
+
+
+def _unfold(job: Job) -> Outcome:
     dataset = read_dataset(job.inputs[0], pixels=True)
     reader = SliceReader(job.inputs, [[0, 0]])
     position, orientation, spacing = _plane_of(dataset, 0)
@@ -196,7 +207,7 @@ class SliceReader:
         return str(plain(self.dataset(number), "Modality") or "")
 
     def is_compressed(self) -> bool:
-        return str(self.dataset(0).file_meta.get("TransferSyntaxUID", "")) not in _UNCOMPRESSED
+        return str(self.dataset(0).file_meta.get("TransferSyntaxUID", "")) not in UNCOMPRESSED
 
     def stored(self, number: int) -> np.ndarray:
         """Stored values of a slice, ``(rows, columns)``.
@@ -207,7 +218,7 @@ class SliceReader:
         dataset = self.dataset(number)
         assert self._open is not None
         if self._open[2] is None:
-            self._open = (self._open[0], dataset, decode(dataset, self._paths[self.slices[number][0]]))
+            self._open = (self._open[0], dataset, decode(dataset))
         pixels: Any = self._open[2]
         frame = self.slices[number][1]
         if pixels.ndim == 3:
@@ -249,113 +260,6 @@ class SliceReader:
         if slope == 1 and intercept == int(intercept) and abs(intercept) < 1 << 30:
             return stored.astype(np.int32 if stored.dtype.itemsize <= 2 else np.int64) + int(intercept)
         return stored.astype(np.float64) * slope + intercept
-
-
-def decode(dataset: Any, path: Path) -> np.ndarray:
-    """Stored pixel values with the plugins of pydicom, and with SimpleITK's own decoders when all of these refuse.
-
-    Raises:
-        DicomReadError: nobody can, or the pixel data is shorter than the header says.
-    """
-    try:
-        pixels = _native_pixels(dataset)
-        if pixels is not None:
-            return pixels
-        _check_stream_size(dataset)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return np.asarray(dataset.pixel_array)
-    except (MemoryError, DicomReadError):
-        raise
-    except Exception as error:
-        if str(dataset.file_meta.get("TransferSyntaxUID", "")) not in _JPEG:
-            raise DicomReadError("unreadable-pixels", f"the pixel data is damaged ({type(error).__name__})") from error
-    try:
-        return _decode_jpeg(dataset)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise DicomReadError("unreadable-pixels", "no decoder can read the pixel data") from error
-
-
-def _decode_jpeg(dataset: Any) -> np.ndarray:
-    """Stored values by SimpleITK's own decoder, the last one, which reads lossless JPEG and 12-bit JPEG.
-
-    It gets a file with the pixels alone: on damaged headers it has asked for gigabytes.
-    """
-    import SimpleITK as sitk
-
-    frames, size = int(dataset.get("NumberOfFrames") or 1), (int(dataset.Rows), int(dataset.Columns))
-    bare = Dataset()
-    for name in ("SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "BitsAllocated",
-                 "BitsStored", "HighBit", "PixelRepresentation", "PixelData"):  # fmt: skip
-        if name in dataset:
-            bare[name] = dataset[name]
-    bare.SOPClassUID, bare.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.7", "1.2.3"
-    bare["PixelData"].is_undefined_length = True
-    bare.file_meta = FileMetaDataset()
-    bare.file_meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
-    with tempfile.TemporaryDirectory(prefix="jpeg-") as folder:
-        path = Path(folder) / "pixels.dcm"
-        bare.save_as(path, enforce_file_format=True)
-        reader = sitk.ImageFileReader()
-        reader.SetImageIO("GDCMImageIO")
-        reader.SetFileName(str(path))
-        values = sitk.GetArrayFromImage(reader.Execute())
-    if values.shape != (frames, *size):
-        raise ValueError("size")
-    return values if frames > 1 else values[0]
-
-
-def _check_stream_size(dataset: Any) -> None:
-    """Refuse a stream (JPEG, JPEG-LS, JPEG 2000) of another size than the header says, before memory is taken."""
-    if not str(dataset.file_meta.get("TransferSyntaxUID", "")).startswith("1.2.840.10008.1.2.4."):
-        return
-    size = (int(dataset.Rows), int(dataset.Columns))
-    for frame in generate_frames(dataset.PixelData, number_of_frames=int(dataset.get("NumberOfFrames") or 1)):
-        if stream_size(frame) not in (size, None):
-            raise DicomReadError("unreadable-pixels", "the compressed stream has another size than the header says")
-
-
-def stream_size(stream: bytes) -> tuple[int, int] | None:
-    """Rows and columns that a JPEG, JPEG-LS or JPEG 2000 stream announces; ``None`` when it does not say."""
-
-    def number(start: int, count: int) -> int:
-        return int.from_bytes(stream[start : start + count], "big")
-
-    at = stream[:512].find(b"\xff\x4f\xff\x51")  # JPEG 2000: start of codestream, then its size
-    if at >= 0:
-        return number(at + 12, 4) - number(at + 20, 4), number(at + 8, 4) - number(at + 16, 4)
-    at = 2
-    while at + 9 <= len(stream) and stream[at] == 0xFF:
-        marker = stream[at + 1]
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return number(at + 5, 2), number(at + 7, 2)
-        at += 2 + number(at + 2, 2)
-    return None
-
-
-def _native_pixels(dataset: Any) -> np.ndarray | None:
-    """Pixels of the plain kind, which is nearly all there is: grey, little endian, not compressed.
-
-    pydicom takes a millisecond per slice for the same, a quarter of the time of a conversion; it is left everything
-    else, and the naming of faults (``None``).
-    """
-    bits, used, high = (int(dataset.get(name) or 0) for name in ("BitsAllocated", "BitsStored", "HighBit"))
-    data = dataset.get("PixelData")
-    is_plain = str(dataset.file_meta.get("TransferSyntaxUID", "")) in _LITTLE_ENDIAN and isinstance(data, bytes)
-    if not is_plain or bits not in (8, 16, 32) or high != used - 1 or int(dataset.get("SamplesPerPixel") or 0) != 1:
-        return None
-    shape = [int(dataset.get("NumberOfFrames") or 1), int(dataset.Rows), int(dataset.Columns)]
-    count = shape[0] * shape[1] * shape[2]
-    if not 0 < count * bits // 8 <= len(data) or not 0 < used <= bits:
-        return None
-    kind = "i" if int(dataset.get("PixelRepresentation") or 0) == 1 else "u"
-    pixels = np.frombuffer(data, f"<{kind}{bits // 8}", count)
-    if used < bits:
-        # What stands above the highest bit is not part of the value; shifting down again extends the sign.
-        pixels = (pixels << (bits - used)) >> (bits - used)
-    return pixels.reshape(shape if shape[0] > 1 else shape[1:])
 
 
 def read_slices(
@@ -637,8 +541,8 @@ def same_pixel_data(first: Path, second: Path) -> bool:
             return True
         # This runs in the parent process, so no decoder in C that a damaged stream could bring down.
         syntaxes = {str(each.file_meta.TransferSyntaxUID) for each in (one, two)}
-        if len(syntaxes) == 1 or syntaxes - _UNCOMPRESSED - {RLELossless}:
+        if len(syntaxes) == 1 or syntaxes - UNCOMPRESSED - {RLELossless}:
             return False
-        return np.array_equal(decode(one, first), decode(two, second))
+        return np.array_equal(decode(one), decode(two))
     except (CaseError, AttributeError):
         return False

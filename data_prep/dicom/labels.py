@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,18 @@ from typing import Any
 import numpy as np
 
 from data_prep.dicom.headers import named_errors, read_dataset
+from data_prep.dicom.pixels import decode
 from data_prep.errors import CaseError, DicomReadError
 from data_prep.geometry import TOLERANCE_MM, Grid, lps_to_ras
+from data_prep.memory import bounded
 from data_prep.nifti import write_nifti
 from data_prep.operations import Job, Outcome, operation
 from data_prep.operations.volumes import smallest_unsigned
 
 #: a contour lies on a slice when it is at most this part of the slice step away from it
 _CONTOUR_TOLERANCE = 0.1
+#: bytes that all copies of a pixel of the segments, or of a voxel, may take
+_MEMORY_PER_VOXEL = 32
 
 
 def segment_names(path: Path) -> list[str]:
@@ -52,10 +57,17 @@ def segmentation(job: Job) -> Outcome:
         values: ``[segment label, value]``; segments that are not listed are left out.
         overlap: ``error``, or ``last`` to let the segment with the higher number win.
     """
-    affine, shape = np.array(job.params["affine"]), tuple(job.params["shape"])
     dataset = read_dataset(job.inputs[0], pixels=True)
+    pixels = math.prod(int(dataset.get(name) or 1) for name in ("NumberOfFrames", "Rows", "Columns"))
+    with bounded(job.inputs, _MEMORY_PER_VOXEL * (pixels + math.prod(job.params["shape"]))):
+        return _draw_segments(job, dataset)
+
+
+def _draw_segments(job: Job, dataset: Any) -> Outcome:
+    affine, shape = np.array(job.params["affine"]), tuple(job.params["shape"])
     try:
-        frames = np.atleast_3d(dataset.pixel_array) if int(dataset.NumberOfFrames) > 1 else dataset.pixel_array[None]
+        pixels = decode(dataset)
+        frames = np.atleast_3d(pixels) if int(dataset.NumberOfFrames) > 1 else pixels[None]
         if str(dataset.get("SegmentationType", "BINARY")) == "FRACTIONAL":
             frames = frames > 0.5 * float(dataset.get("MaximumFractionalValue") or 255)
         numbers = {int(item.SegmentNumber): _name(item.SegmentLabel) for item in dataset.SegmentSequence}

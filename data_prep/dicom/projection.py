@@ -8,12 +8,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.dicom.convert import decode, padding_range
+from data_prep.dicom.convert import padding_range
 from data_prep.dicom.headers import named_errors, read_dataset
+from data_prep.dicom.pixels import decode
 from data_prep.errors import DicomReadError
 from data_prep.geometry import Grid
+from data_prep.memory import bounded
 from data_prep.operations import Job, Outcome, operation
 from data_prep.operations.pictures import MAX_PIXELS, write_png
+
+#: bytes that all copies of a pixel may take, of which many are float64
+_MEMORY_PER_PIXEL = 160
 
 
 @operation(version=1)
@@ -29,7 +34,13 @@ def projection(job: Job) -> Outcome:
         max_side: shrink so that the longer side has at most this many pixels.
         crop_breast: cut to the breast (see `breast_box`).
     """
-    pixels, notes = render(read_dataset(job.inputs[0], pixels=True), job.inputs[0], int(job.params.get("window", 0)))
+    dataset = read_dataset(job.inputs[0], pixels=True)
+    with bounded(job.inputs, _MEMORY_PER_PIXEL * int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0)):
+        return _make_png(job, dataset)
+
+
+def _make_png(job: Job, dataset: Any) -> Outcome:
+    pixels, notes = render(dataset, int(job.params.get("window", 0)))
     if job.params.get("crop_breast"):
         top, bottom, left, right = breast_box(pixels)
         notes.append(f"cropped to rows {top}-{bottom} and columns {left}-{right}")
@@ -49,7 +60,7 @@ def shrink(pixels: np.ndarray, max_side: int) -> np.ndarray:
     return np.clip(np.rint(np.asarray(small)), 0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
 
 
-def render(dataset: Any, path: Any, window: int = 0) -> tuple[np.ndarray, list[str]]:
+def render(dataset: Any, window: int = 0) -> tuple[np.ndarray, list[str]]:
     """Pixels of a grey 2D image as uint16, dense tissue bright.
 
     Returns:
@@ -62,7 +73,7 @@ def render(dataset: Any, path: Any, window: int = 0) -> tuple[np.ndarray, list[s
 
     if int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0) > MAX_PIXELS:
         raise DicomReadError("too-large", f"more than {MAX_PIXELS} pixels")
-    stored = decode(dataset, path)
+    stored = decode(dataset)
     if stored.ndim != 2:
         raise DicomReadError("not-2d", f"the image has {stored.ndim} dimensions (color or several frames)")
     notes = []

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_prep.book import Book
 from data_prep.dicom import headers
-from data_prep.dicom.convert import decode
+from data_prep.dicom.pixels import decode
 from data_prep.dicom.projection import breast_box, is_inverted, shrink
 from data_prep.errors import CaseError, UsageError
 from data_prep.geometry import Grid
@@ -416,7 +416,7 @@ def read_mammogram(path: Path) -> np.ndarray:
     dataset = headers.read_dataset(path, pixels=True)
     if int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0) > MAX_PIXELS:
         raise CaseError("too-large", f"more than {MAX_PIXELS} pixels")
-    stored = decode(dataset, path)
+    stored = decode(dataset)
     if stored.ndim != 2:
         raise CaseError("not-2d", f"the image has {stored.ndim} dimensions (color or several frames)")
     bits = int(dataset.get("BitsStored") or 16)

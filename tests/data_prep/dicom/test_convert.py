@@ -9,25 +9,10 @@ import numpy as np
 import pytest
 
 from data_prep.dicom import convert
-from data_prep.dicom.convert import decode, smallest_type
+from data_prep.dicom.convert import smallest_type
 from data_prep.sources.dicom import Dicom
-from tests.data_prep.dicom_factories import make_slice, write_series
+from tests.data_prep.dicom_factories import write_series
 from tests.data_prep.factories import convert_tree
-
-
-@pytest.mark.parametrize("is_signed", [0, 1])
-@pytest.mark.parametrize(("allocated", "stored"), [(8, 8), (8, 7), (16, 12), (16, 15), (16, 16), (32, 24), (32, 32)])
-def test_plain_pixels_equal_those_of_pydicom_and_ignore_what_is_above_the_high_bit(allocated, stored, is_signed):
-    dataset = make_slice(0)
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = allocated, stored, stored - 1
-    dataset.PixelRepresentation = is_signed
-    raw = np.random.default_rng(1).integers(0, 256, 120 * allocated // 8, dtype=np.uint8)
-    dataset.PixelData = raw.tobytes()
-    pixels = decode(dataset, "x")
-    np.testing.assert_array_equal(pixels, dataset.pixel_array)
-    wide = raw.view(f"<u{allocated // 8}").astype(np.int64) & ((1 << stored) - 1)
-    expected = np.where(is_signed & (wide >> (stored - 1)), wide - (1 << stored), wide).reshape(12, 10)
-    np.testing.assert_array_equal(pixels, expected)
 
 
 @pytest.mark.parametrize(

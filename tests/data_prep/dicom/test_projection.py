@@ -25,7 +25,7 @@ RAMP = np.linspace(0, 4000, 24).reshape(4, 6).round()
 
 
 def test_monochrome2_keeps_its_order():
-    pixels, _ = render(_image(RAMP), "x")
+    pixels, _ = render(_image(RAMP))
     assert pixels.min() == 0 and pixels.max() == 65535 and (np.diff(pixels.ravel().astype(int)) > 0).all()
 
 
@@ -39,31 +39,31 @@ def test_monochrome2_keeps_its_order():
     ids=["monochrome1", "inverse", "both-once"],
 )
 def test_inverted_images_are_turned_once(attributes):
-    pixels, notes = render(_image(RAMP, **attributes), "x")
+    pixels, notes = render(_image(RAMP, **attributes))
     assert pixels.ravel()[0] == 65535 and pixels.ravel()[-1] == 0
     assert any("inverted" in note for note in notes)
 
 
 def test_window_is_applied_and_can_be_chosen_or_left_out():
     image = _image(RAMP, WindowCenter=["1000", "3000"], WindowWidth=["200", "400"])
-    first, second, none = (render(image, "x", window)[0] for window in (0, 1, -1))
+    first, second, none = (render(image, window)[0] for window in (0, 1, -1))
     at = int(np.argmin(np.abs(RAMP.ravel() - 2000)))
     assert first.ravel()[at] == 65535 and second.ravel()[at] == 0 and 0 < none.ravel()[at] < 65535
     with pytest.raises(DicomReadError, match="no-window"):
-        render(image, "x", 2)
+        render(image, 2)
 
 
 def test_lookup_table_comes_before_the_window():
     item = Dataset()
     item.LUTDescriptor, item.LUTData = [4001, 0, 16], [min(65535, 2 * v) for v in range(4001)]
     image = _image(RAMP, VOILUTSequence=[item], WindowCenter="10", WindowWidth="2")
-    assert len(np.unique(render(image, "x")[0])) > 10
+    assert len(np.unique(render(image)[0])) > 10
 
 
 def test_padding_becomes_background_and_does_not_stretch_the_range():
     padded = RAMP.copy()
     padded[0] = 4095
-    pixels, _ = render(_image(padded, PixelPaddingValue=4095), "x")
+    pixels, _ = render(_image(padded, PixelPaddingValue=4095))
     assert (pixels[0] == 0).all() and pixels.max() == 65535
 
 
@@ -99,11 +99,11 @@ def test_color_is_refused():
     image.NumberOfFrames = "2"
     image.PixelData = image.PixelData * 2
     with pytest.raises(DicomReadError, match="not-2d"):
-        render(image, "x")
+        render(image)
 
 
 def test_window_that_is_wider_than_what_occurs_is_not_stretched():
-    pixels, _ = render(_image(RAMP, WindowCenter="4000", WindowWidth="8001"), "x")
+    pixels, _ = render(_image(RAMP, WindowCenter="4000", WindowWidth="8001"))
     assert pixels.ravel()[0] < 10 and abs(int(pixels.ravel()[-1]) - 65535 // 2) < 20
 
 
@@ -113,5 +113,5 @@ def test_padding_of_a_signed_image_written_with_an_unsigned_type_is_found():
     pixels[0] = -2000
     image.PixelData = pixels.tobytes()
     image.add_new("PixelPaddingValue", "US", 63536)
-    found, notes = render(image, "x")
+    found, notes = render(image)
     assert (found[0] == 0).all() and found[1:].max() == 65535 and "padding set to background" in notes
