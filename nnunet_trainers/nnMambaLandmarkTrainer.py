@@ -15,6 +15,15 @@ class nnMambaLandmarkTrainerNoSSM(nnMambaLandmarkTrainer):
     network_arguments = {"mixer": "none"}  # noqa: RUF012
 
 
+class nnMambaLandmarkTrainerPublished(nnMambaLandmarkTrainer):
+    """The last layer and the optimiser of the authors: BatchNorm and ReLU without a factor, Adam at 1e-3."""
+
+    head = "double_conv"
+    output_scale = 1.0
+    optimizer_name = "adam"
+    decay = 0.0
+
+
 class nnMambaLandmarkTrainerQuick(nnMambaLandmarkTrainer):
     """A short run for a CPU: half the width, two images a batch, eight epochs of 50 iterations."""
 

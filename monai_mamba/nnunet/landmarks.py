@@ -35,17 +35,26 @@ class HeatMapNetwork(NNMambaLandmark):
     So the largest channel is the background where no heat map reaches half its height: nnU-Net's own exporter then
     writes a label map with a blob for every landmark.
 
+    Args:
+        amplitude: height of the heat maps that it is trained with.
+        output_scale: factor on the outputs of the last layer, which begin with a spread of about one: Adam moves a
+            weight by no more than the learning rate in a step, and from one to 255 that is a way of 1e5 steps.
+
     Shape:
-        ``(B, in_channels, *spatial)`` to ``(B, 1 + num_landmarks, *spatial)``.
+        ``(B, in_channels, *spatial)`` to ``(B, 1 + num_landmarks, *spatial)``, float32.
     """
 
-    def __init__(self, *arguments: Any, amplitude: float = AMPLITUDE, **keywords: Any) -> None:
+    def __init__(
+        self, *arguments: Any, amplitude: float = AMPLITUDE, output_scale: float = 1.0, **keywords: Any
+    ) -> None:
         super().__init__(*arguments, **keywords)
         self.amplitude = amplitude
+        self.output_scale = output_scale
 
     def forward(self, x: Tensor) -> Tensor:
         heat_maps = super().forward(x)
         assert isinstance(heat_maps, Tensor)
+        heat_maps = heat_maps.float() * self.output_scale
         return torch.cat([torch.full_like(heat_maps[:, :1], self.amplitude / 2), heat_maps], dim=1)
 
 
@@ -75,6 +84,9 @@ class LandmarkTrainer(TaskTrainer):
     Attributes:
         sigma_vox: standard deviation of the Gaussians in voxels of the preprocessed image.
         amplitude: their height.
+        head: last layer of the network. The published one, BatchNorm and ReLU, learns the places too, but at this
+            learning rate its maps stay flat, so that no label map could be written from them.
+        output_scale: of :class:`HeatMapNetwork`; 51 makes the Gaussians 5 high for the last layer.
     """
 
     network_class = HeatMapNetwork
@@ -84,6 +96,8 @@ class LandmarkTrainer(TaskTrainer):
     learning_rate = 1e-3
     sigma_vox = SIGMA_VOX
     amplitude = AMPLITUDE
+    head = "conv1x1"
+    output_scale = AMPLITUDE / 5
     epochs = 250
 
     def __init__(
@@ -124,7 +138,9 @@ class LandmarkTrainer(TaskTrainer):
             len(configuration_manager.patch_size),
             num_input_channels,
             num_output_channels - 1,
+            head=cls.head,
             amplitude=plans_manager.plans[PLANS_KEY]["amplitude"],
+            output_scale=cls.output_scale,
             **cls.network_arguments,
         )
         return network if cls.with_autocast else cls.without_autocast(network)

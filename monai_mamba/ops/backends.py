@@ -24,6 +24,9 @@ from monai_mamba.ops.routes import repeat_routes, stack_routes, sum_routes, unst
 
 ENVIRONMENT_VARIABLE = "MONAI_MAMBA_BACKEND"
 
+#: Types that a kernel with float32 arithmetic takes.
+UP_TO_FLOAT32 = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
 #: A forward pass keeps the hidden state before every step whose index is a multiple of this.
 STATE_INTERVAL = 64
 
@@ -70,6 +73,8 @@ class Backend:
         priority: the highest one that serves a call is chosen; 0 means "only when asked for by name".
         ops: names of the operators it implements.
         device_types: device types it serves; empty means all.
+        dtypes: types of the main input it takes; empty means all.
+        max_states, max_taps: the most states of a scan and taps of a convolution it serves; 0 means any number.
         is_fallback: chosen automatically only for want of something faster, so the choice is announced.
         keeps_states: whether its forward pass returns the states when asked; if not, its backward starts over.
         is_composite: made of differentiable PyTorch operations and called outside the custom operator, which gives
@@ -80,6 +85,9 @@ class Backend:
     priority: int
     ops: frozenset[str]
     device_types: frozenset[str] = frozenset()
+    dtypes: frozenset[torch.dtype] = frozenset()
+    max_states: int = 0
+    max_taps: int = 0
     is_fallback: bool = False
     keeps_states: bool = True
     is_composite: bool = False
@@ -90,6 +98,12 @@ class Backend:
 
     def refusal(self, call: Call) -> str | None:
         """Return why this backend cannot serve ``call``, or None if it can."""
+        if self.dtypes and call.dtype not in self.dtypes:
+            return f"it computes in float32, got {str(call.dtype)[6:]}"
+        if self.max_states and call.d_state > self.max_states:
+            return f"it has at most {self.max_states} states, got N={call.d_state}"
+        if self.max_taps and call.width > self.max_taps:
+            return f"it has at most {self.max_taps} taps, got W={call.width}"
         return None
 
     def scan_forward(

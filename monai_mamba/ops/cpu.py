@@ -51,6 +51,9 @@ class CpuBackend(Backend):
     priority = 100
     ops = frozenset({"selective_scan", "ss2d_scan", "causal_conv1d"})
     device_types = frozenset({"cpu"})
+    dtypes = frozenset(_TYPES)
+    max_states = cpu_library.MAX_STATE
+    max_taps = cpu_library.MAX_TAPS
 
     def availability(self) -> Availability:
         try:
@@ -62,15 +65,9 @@ class CpuBackend(Backend):
         return Availability(True, f"instruction set {name}, {library.path}")
 
     def refusal(self, call: Call) -> str | None:
-        if call.dtype not in _TYPES:
-            return f"it computes in float32, got {str(call.dtype)[6:]}"
         if call.op == "ss2d_scan" and call.groups > cpu_library.MAX_ROUTES:
             return f"it has at most {cpu_library.MAX_ROUTES} routes, got K={call.groups}"
-        if call.d_state > cpu_library.MAX_STATE:
-            return f"it has at most {cpu_library.MAX_STATE} states, got N={call.d_state}"
-        if call.width > cpu_library.MAX_TAPS:
-            return f"it has at most {cpu_library.MAX_TAPS} taps, got W={call.width}"
-        return None
+        return super().refusal(call)
 
     def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states):
         u, delta, B, C, z = (_dense(t) for t in (u, delta, B, C, z))

@@ -15,12 +15,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from monai_mamba.ops.backends import Availability, Backend, Call
+from monai_mamba.ops.backends import UP_TO_FLOAT32, Availability, Backend
 from monai_mamba.ops.device_check import check_on_cuda
 
 _KERNEL = "selective_scan_cuda"
 _BUILD = "MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation --force-reinstall --no-deps mamba-ssm"
-_MAX_STATE = 256  # of its kernel
 
 
 class MambaSsmBackend(Backend):
@@ -35,6 +34,8 @@ class MambaSsmBackend(Backend):
     priority = 0
     ops = frozenset({"selective_scan"})
     device_types = frozenset({"cuda"})
+    dtypes = UP_TO_FLOAT32
+    max_states = 256  # of its kernel
     keeps_states = False
 
     def availability(self) -> Availability:
@@ -44,13 +45,6 @@ class MambaSsmBackend(Backend):
         if not torch.cuda.is_available():
             return Availability(False, "PyTorch finds no CUDA device")
         return check_on_cuda(self)
-
-    def refusal(self, call: Call) -> str | None:
-        if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"it computes in float32, got {str(call.dtype)[6:]}"
-        if call.d_state > _MAX_STATE:
-            return f"it has at most {_MAX_STATE} states, got N={call.d_state}"
-        return None
 
     def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states):
         arguments = _channels_first(u, delta, A, B, C, D, z, delta_bias)

@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monai_mamba.ops.backends import STATE_INTERVAL, Availability, Backend, Call
+from monai_mamba.ops.backends import STATE_INTERVAL, UP_TO_FLOAT32, Availability, Backend
 from monai_mamba.ops.device_check import check_on_cuda
 from monai_mamba.ops.routes import ROUTES
 
-_MAX_STATE = 256
-_MAX_WIDTH = 16  # the taps are unrolled
 _CONV_TILE = {"BL": 32, "BD": 64}  # steps and channels of a program of the convolution
 _LANES = 32  # channels of a program
 _PROGRAMS_PER_PROCESSOR = 4
@@ -90,6 +88,9 @@ class TritonBackend(Backend):
     priority = 90
     ops = frozenset({"selective_scan", "ss2d_scan", "causal_conv1d"})
     device_types = frozenset({"cuda"})
+    dtypes = UP_TO_FLOAT32
+    max_states = 256
+    max_taps = 16  # they are unrolled
 
     def availability(self) -> Availability:
         if importlib.util.find_spec("triton") is None:
@@ -97,15 +98,6 @@ class TritonBackend(Backend):
         if not torch.cuda.is_available():
             return Availability(False, "PyTorch finds no CUDA or ROCm device")
         return check_on_cuda(self)
-
-    def refusal(self, call: Call) -> str | None:
-        if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"it computes in float32, got {str(call.dtype)[6:]}"
-        if call.d_state > _MAX_STATE:
-            return f"it has at most {_MAX_STATE} states, got N={call.d_state}"
-        if call.width > _MAX_WIDTH:
-            return f"it has at most {_MAX_WIDTH} taps, got W={call.width}"
-        return None
 
     def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states):
         problem = _sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 import venv
 from pathlib import Path
 
@@ -81,42 +80,80 @@ def test_wrapper_commands_train_resume_and_predict_2d_without_startup_file(fresh
     assert_is_prediction(output / "case_6.nii.gz", folders.raw / "imagesTs" / "case_6_0000.nii.gz")
 
 
-def test_training_resumed_after_kill_9_equals_an_uninterrupted_one(fresh_results):
+#: A training that dies of signal 9 with half of a checkpoint written, by its own hand: no race with a killer outside.
+MORTAL = """
+import os, signal, sys, torch
+from nnunet_trainers import nnMambaTrainer as module
+
+
+def die_halfway(checkpoint, name, save=torch.save):
+    save(checkpoint, name)
+    os.truncate(name, os.path.getsize(name) // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class MortalTrainer(module.nnMambaTrainerQuickNoSSM):
+    network_arguments = {"init_filters": 16, "num_blocks": 1, "mixer": "none"}
+
+    def save_checkpoint(self, filename):
+        if str(self.current_epoch) == os.environ.get("DIE_IN_EPOCH"):
+            torch.save = die_halfway
+        super().save_checkpoint(filename)
+
+    def on_train_start(self):
+        super().on_train_start()
+        self.logger.plot_progress_png = lambda folder: None  # takes longer than the epoch
+
+    def perform_actual_validation(self, save_probabilities=False):
+        pass  # this test is about the training
+
+
+module.MortalTrainer = MortalTrainer
+from monai_mamba.cli.main import main
+sys.exit(main())
+"""
+
+
+def test_training_resumed_after_kill_9_equals_an_uninterrupted_one(fresh_results, tmp_path):
     """Bit for bit on a CPU without background workers: weights, optimizer and random generators continue."""
     folders = fresh_results
-    command = (
-        f"monai-mamba nnunet train {DATASET_ID} 2d 0 -tr nnMambaTrainerQuickNoSSM -device cpu "
-        "--epochs 5 --iterations 1 --seed 7"
-    ).split()
-    fold = folders.results / "nnMambaTrainerQuickNoSSM__nnUNetPlans__2d" / "fold_0"
-    folders.run(*command)
-    whole = torch.load(fold / "checkpoint_final.pth", map_location="cpu", weights_only=False)
-    shutil.rmtree(fold)
-    process = subprocess.Popen(
-        [str(Path(sys.executable).with_name(command[0])), *command[1:]],
-        env=folders.environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=(output := open(fold.parent / "stderr.txt", "w+")),
-        start_new_session=True,
+    (tmp_path / "mortal.py").write_text(MORTAL)
+    command = [sys.executable, str(tmp_path / "mortal.py")]
+    command += f"nnunet train {DATASET_ID} 2d 0 -tr MortalTrainer -device cpu".split()
+    command += "--epochs 4 --iterations 1 --seed 7".split()
+
+    def start(results, *options, **extra):
+        environment = folders.environment(nnUNet_results=str(tmp_path / results), PYTHONPATH=_paths(), **extra)
+        with (tmp_path / f"{results}.txt").open("a") as log:
+            return subprocess.Popen([*command, *options], env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def fold(results):
+        return tmp_path / results / folders.dataset_name / "MortalTrainer__nnUNetPlans__2d" / "fold_0"
+
+    assert start("whole").wait(500) == 0, (tmp_path / "whole.txt").read_text()
+    killed_run = start("killed", DIE_IN_EPOCH="2")
+    assert killed_run.wait(500) == -signal.SIGKILL, (tmp_path / "killed.txt").read_text()
+    files = {path.name for path in fold("killed").glob("*.pth*")} | {p.name for p in fold("killed").glob(".*.tmp")}
+    assert {"checkpoint_latest.pth", "checkpoint_latest.previous.pth", ".checkpoint_latest.pth.tmp"} <= files
+    assert "checkpoint_final.pth" not in files
+    assert start("killed", "--c").wait(500) == 0, (tmp_path / "killed.txt").read_text()
+    whole, resumed = (
+        torch.load(fold(results) / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+        for results in ("whole", "killed")
     )
-    latest = fold / "checkpoint_latest.previous.pth"
-    deadline = time.monotonic() + 240
-    while not latest.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.002)
-    output.seek(0)
-    assert process.poll() is None, f"the training ended before it could be killed: {output.read()}"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    output.close()
-    assert latest.exists(), "the training wrote no second checkpoint"
-    assert not (fold / "checkpoint_final.pth").exists()
-    resumed_run = folders.run(*command, "--c")
-    assert "no checkpoint available" not in resumed_run.stdout
-    assert not latest.exists()
-    resumed = torch.load(fold / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    log = (tmp_path / "killed.txt").read_text()
+    assert [log.count(f": Epoch {epoch}\n") for epoch in range(4)] == [1, 1, 2, 1], "it did not continue at epoch 2"
     assert resumed["logging"]["train_losses"] == whole["logging"]["train_losses"]
+    assert len(set(whole["logging"]["train_losses"])) == 4
     for name, value in whole["network_weights"].items():
         assert torch.equal(value, resumed["network_weights"][name]), name
+    left = {path.name for path in fold("killed").iterdir()}
+    assert not left & {"checkpoint_latest.pth", "checkpoint_latest.previous.pth", ".checkpoint_latest.pth.tmp"}
+
+
+def _paths() -> str:
+    """The project as this process finds it, for a script that lies elsewhere."""
+    return os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
 
 
 def test_damaged_case_is_named_when_a_background_worker_dies_of_it(fresh_results):

@@ -241,6 +241,42 @@ def test_validation_writes_positions_and_errors(make_landmark_trainer, planned, 
     assert metrics["mre_mm"]["value"] == pytest.approx(errors.errors_mm.mean(), abs=1e-3)
 
 
+@pytest.mark.parametrize("is_published", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_sixty_steps_find_two_balls_and_reach_the_height_that_label_maps_need(
+    make_landmark_trainer, planned, is_published, monkeypatch
+):
+    """The published head finds them as well, but its maps are too low to become label maps."""
+    from monai_mamba.nnunet.landmarks import LandmarkFinder
+    from nnunet_trainers.nnMambaLandmarkTrainer import nnMambaLandmarkTrainerPublished as Published
+    from nnunet_trainers.nnMambaLandmarkTrainer import nnMambaLandmarkTrainerQuickNoSSM as Quick
+
+    if is_published:
+        for name in ("head", "output_scale", "optimizer_name", "decay"):
+            monkeypatch.setattr(Quick, name, getattr(Published, name))
+    trainer = make_landmark_trainer(Quick.__name__)
+    trainer.on_train_start()
+    trainer.network.train()
+    for _ in range(60):
+        trainer.train_step(next(trainer.dataloader_train))
+    dataset, _ = trainer.get_tr_and_val_datasets()
+    expected = centers_of_spheres(planned)
+    finder = LandmarkFinder(
+        trainer.network, trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json, trainer.device
+    )
+    errors, heights = [], []
+    for name in dataset.identifiers:
+        data, _, _, properties = dataset.load_case(name)
+        position_mm, peak = finder.find(torch.from_numpy(np.array(data[:])), properties)
+        errors.append(np.linalg.norm(position_mm - expected[name], axis=-1))
+        heights.append(peak)
+    print(f"mean error {np.mean(errors):.2f} mm, heights {np.min(heights):.1f} to {np.max(heights):.1f}")
+    assert np.mean(errors) < 3.0, errors  # mm; voxels are 1 x 1 x 2.5 mm
+    if is_published:
+        assert np.max(heights) < 0.1 * trainer.amplitude, heights
+    else:
+        assert np.min(heights) > 0.5 * trainer.amplitude, heights
+
+
 def test_configurations_and_labels_that_are_no_landmarks_are_refused(make_landmark_trainer):
     with pytest.raises(ValueError, match=r"finds landmarks in volumes: use 3d_fullres or 3d_lowres, got 2d"):
         make_landmark_trainer(configuration="2d")
