@@ -24,6 +24,7 @@ UNCOMPRESSED = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2
 _LITTLE_ENDIAN = UNCOMPRESSED - {"1.2.840.10008.1.2.2"}
 #: baseline, extended, and the two lossless processes of JPEG
 _JPEG = {f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70)}
+_JPEG_LS = {f"1.2.840.10008.1.2.4.{number}" for number in (80, 81)}
 #: JPEG, JPEG-LS and JPEG 2000, whose streams begin with a size of their own
 _WITH_SIZE = "1.2.840.10008.1.2.4."
 #: two bytes of RLE hold 128 at most
@@ -37,6 +38,8 @@ _MAX_TILES = 4096
 def decode(dataset: Any) -> np.ndarray:
     """Stored pixel values with the plugins of pydicom, and with SimpleITK's own decoders when all of these refuse.
 
+    JPEG-LS goes to SimpleITK alone where it reads it: on some damaged streams pyjpegls computes for seconds.
+
     Raises:
         DicomReadError: nobody can, the pixel data is shorter than the header says, or the compressed streams are of
             another image than the header.
@@ -48,9 +51,10 @@ def decode(dataset: Any) -> np.ndarray:
             return pixels
         if syntax not in UNCOMPRESSED:
             frames = checked_frames(dataset)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return np.asarray(dataset.pixel_array)
+        if not (syntax in _JPEG_LS and _is_full_width(dataset)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return np.asarray(dataset.pixel_array)
     except (MemoryError, DicomReadError):
         raise
     except BaseException as error:
@@ -65,6 +69,12 @@ def decode(dataset: Any) -> np.ndarray:
         raise
     except Exception as error:
         raise DicomReadError("unreadable-pixels", "no decoder can read the pixel data") from error
+
+
+def _is_full_width(dataset: Any) -> bool:
+    """Whether values use the last of their bytes, as all but odd files do; SimpleITK reads only these in JPEG-LS."""
+    allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
+    return int(dataset.get("SamplesPerPixel") or 1) == 1 and (allocated == stored == 8 or 8 < stored <= allocated == 16)
 
 
 @dataclass(frozen=True)
@@ -149,10 +159,10 @@ def read_stream_header(stream: bytes) -> StreamHeader | None:
 
 
 def _decode_jpeg(dataset: Any, frames: list[bytes]) -> np.ndarray:
-    """Stored values by SimpleITK's own decoder, the last one, which reads lossless JPEG and 12-bit JPEG.
+    """Stored values by SimpleITK's own decoders, of lossless JPEG, 12-bit JPEG and JPEG-LS.
 
-    It gets a file with the pixels alone, put together anew: on damaged headers and between damaged fragments it has
-    asked for gigabytes.
+    They get a file with the pixels alone, put together anew: on damaged headers and between damaged fragments they
+    have asked for gigabytes.
     """
     import SimpleITK as sitk
 

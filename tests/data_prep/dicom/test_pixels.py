@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jpeg_ls
 import numpy as np
 import pytest
 from pydicom.encaps import encapsulate, generate_frames
+from pydicom.uid import JPEGLSLossless, JPEGLSNearLossless
 
 from data_prep.dicom.headers import read_dataset
 from data_prep.dicom.pixels import checked_frames, decode, read_stream_header
@@ -124,6 +127,35 @@ def test_panic_of_the_rle_decoder_is_an_error_of_the_case():
     dataset.PixelData = encapsulate([bytes(frame)])
     with pytest.raises(DicomReadError, match="PanicException"):
         decode(dataset)
+
+
+@pytest.mark.parametrize("lossy_error", [0, 2])
+@pytest.mark.parametrize("is_signed", [0, 1])
+@pytest.mark.parametrize(("allocated", "stored"), [(8, 8), (8, 7), (16, 8), (16, 12), (16, 15), (16, 16)])
+def test_jpeg_ls_equals_what_pydicom_makes_of_it(allocated, stored, is_signed, lossy_error):
+    """Two decoders, one for the odd kinds."""
+    dataset = make_slice(0)
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = allocated, stored, stored - 1
+    dataset.PixelRepresentation, dataset.NumberOfFrames = is_signed, "2"
+    raw = np.random.default_rng(1).integers(0, 1 << stored, (2, 12, 10)).astype(f"<u{allocated // 8}")
+    streams = [bytes(jpeg_ls.encode_buffer(frame.tobytes(), 12, 10, 1, stored, lossy_error)) for frame in raw]
+    dataset.PixelData = encapsulate(streams)
+    dataset["PixelData"].is_undefined_length = True
+    dataset.file_meta.TransferSyntaxUID = JPEGLSNearLossless if lossy_error else JPEGLSLossless
+    pixels = decode(dataset)
+    assert pixels.dtype == dataset.pixel_array.dtype
+    np.testing.assert_array_equal(pixels, dataset.pixel_array)
+
+
+def test_damaged_jpeg_ls_stream_is_refused_at_once():
+    """pyjpegls computes for four seconds on this one."""
+    dataset = read_dataset(sorted((SAMPLES / "ts_jpegls").iterdir())[2], pixels=True)
+    frame = bytes(_frame(dataset))
+    dataset.PixelData = encapsulate([frame[:43116] + bytes([214, 59, 128]) + frame[43116:-3]])
+    start = time.process_time()
+    with pytest.raises(DicomReadError, match="unreadable-pixels"):
+        decode(dataset)
+    assert time.process_time() - start < 1
 
 
 FRAGMENTS = """
