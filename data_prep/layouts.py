@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from data_prep.errors import UsageError
-from data_prep.model import Case, Description
+from data_prep.model import CASE_COLUMNS, Case, Description
 
 CONVERTED_BY = "monai-mamba data_prep"
 
@@ -255,7 +255,7 @@ def _cases_table(made: Sequence[Made]) -> str:
     columns = sorted({column for one in made for column in one.entry.case.meta})
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["case", "patient", "part", "fold", "target", *columns])
+    writer.writerow([*CASE_COLUMNS, *columns])
     for one in made:
         case = one.entry.case
         target = "" if case.target is None else json.dumps(case.target)

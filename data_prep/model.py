@@ -59,6 +59,10 @@ class Make:
     params: Mapping[str, Json] = field(default_factory=dict)
 
 
+#: Columns that ``cases.csv`` has for every case.
+CASE_COLUMNS = ("case", "patient", "part", "fold", "target")
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One training example: some image files, and a label map or a target or neither.
@@ -80,8 +84,11 @@ class Case:
         split: the official part this case belongs to; ``None`` leaves the choice to the split.
         stratum: cases of one stratum are spread evenly over the folds; empty takes the target.
         refs: further inputs that this case accounts for, for example the row of a table or a series.
-        meta: values for ``cases.csv``. Nothing that identifies a person: white-list, do not copy.
+        meta: values for further columns of ``cases.csv``. Nothing that identifies a person: white-list, do not copy.
         same_grid: all volumes of the case must share one voxel grid; checked after making them.
+
+    Raises:
+        ValueError: if a value of `meta` has the name of a column that every case has.
     """
 
     key: str
@@ -98,6 +105,13 @@ class Case:
     same_grid: bool = True
     masks: tuple[Make, ...] = ()
     samples: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        taken = sorted(self.meta.keys() & set(CASE_COLUMNS))
+        if taken:
+            raise ValueError(
+                f"`meta` of case {self.key!r} must not hold {', '.join(taken)}: columns of every case; rename"
+            )
 
     @property
     def makes(self) -> tuple[Make, ...]:

@@ -169,7 +169,7 @@ class Amos(Source):
             if self.snap_labels:
                 params["snap_mm"], inputs = self.snap_labels, (label, image)
             label_map = Make("operations.volumes:label_map", inputs, params)
-        meta = {"modality": modality, "part": part}
+        meta = {"modality": modality, "folder": part}
         if row is not None:
             meta["scanner"] = re.sub(r"[^A-Za-z0-9 ._-]+", "", row.get(_SCANNER))[:40]
         book.add(

@@ -99,3 +99,8 @@ def test_bundles_read_the_datalist_and_take_one_fold_to_validate(tmp_path, fold)
     training = [case["case"] for case in load_cases(tmp_path, "training", fold=fold)]
     assert validation == (["a", "c"], ["b", "d"])[fold]
     assert sorted(training + validation) == list("abcde")
+
+
+def test_values_of_a_case_cannot_take_the_columns_that_every_case_has():
+    with pytest.raises(ValueError, match="part"):
+        Case("a", "p", (), meta={"part": "Tr", "scanner": "x"})

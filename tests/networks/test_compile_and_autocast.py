@@ -95,9 +95,12 @@ def test_xfmamba_compiles_with_a_view_mask():
 @pytest.mark.parametrize("name", SMALL)
 def test_network_trains_finitely_under_autocast(name, dtype):
     network, x = small(name)
-    with torch.autocast("cpu", dtype=dtype):
-        loss = total(network(x))
-    found = gradients(network, loss)
+    # On processors with AVX512_BF16, the oneDNN of torch 2.14.1 makes the weight gradient of a bfloat16 Conv3d on maps
+    # of 2 x 2 x 2 voxels from memory that nobody wrote: its values change with MALLOC_PERTURB_, up to infinity.
+    with torch.backends.mkldnn.flags(enabled=False):
+        with torch.autocast("cpu", dtype=dtype):
+            loss = total(network(x))
+        found = gradients(network, loss)
     assert torch.isfinite(loss)
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
 
