@@ -1,6 +1,6 @@
 """Time of MedMamba-T and XFMamba-T against themselves on the `reference` backend and against a CNN of their size.
 
-    OMP_NUM_THREADS=1 python benchmarks/networks.py --rounds 15 --output networks.json
+    OMP_NUM_THREADS=1 python benchmarks/networks.py --rounds 15 --output benchmarks/results/networks.json
 
 Before anything is timed, the fast backend must give the outputs of the reference. All candidates of a table take turns
 within one run, so that whatever else the machine does meets all of them. Processor time is taken (one thread, so on an
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from monai_mamba import __version__
+from monai_mamba.layers.siamese import MambaLayer
 from monai_mamba.networks import create_model
 from monai_mamba.networks.counting import count
 from monai_mamba.ops import use_backend
@@ -118,6 +119,49 @@ def time_in_turns(candidates: dict[str, Callable[[], None]], rounds: int) -> dic
     return seconds
 
 
+def shares(network: nn.Module, x: Tensor, rounds: int) -> dict[str, float]:
+    """Shares of a forward pass in Mamba layers (without their own convolutions), in convolutions, and in the rest.
+
+    Of every part the fastest round counts.
+    """
+    seconds = dict.fromkeys(("all", "layers", "convolutions", "inside"), 0.0)
+    begun: dict[nn.Module, float] = {}
+    depth = 0
+
+    def enter(module: nn.Module, _: object) -> None:
+        nonlocal depth
+        depth += isinstance(module, MambaLayer)
+        begun[module] = time.process_time()
+
+    def leave(module: nn.Module, *_: object) -> None:
+        nonlocal depth
+        passed = time.process_time() - begun[module]
+        if isinstance(module, MambaLayer):
+            depth -= 1
+            seconds["layers"] += passed
+        elif isinstance(module, nn.Conv3d):
+            seconds["inside" if depth else "convolutions"] += passed
+
+    handles = [
+        register(hook)
+        for module in network.modules()
+        if isinstance(module, MambaLayer | nn.Conv3d)
+        for register, hook in ((module.register_forward_pre_hook, enter), (module.register_forward_hook, leave))
+    ]
+    best: dict[str, float] = {}
+    for _ in range(rounds):
+        seconds.update(dict.fromkeys(seconds, 0.0))
+        start = time.process_time()
+        forward(network, x)()
+        seconds["all"] = time.process_time() - start
+        best = {key: min(value, best.get(key, value)) for key, value in seconds.items()}
+    for handle in handles:
+        handle.remove()
+    mamba = (best["layers"] - best["inside"]) / best["all"]
+    convolutions = (best["convolutions"] + best["inside"]) / best["all"]
+    return {"Mamba layers": mamba, "convolutions": convolutions, "rest": 1 - mamba - convolutions}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
@@ -166,6 +210,16 @@ def main() -> None:
             median = sorted(seconds[name])[len(seconds[name]) // 2]
             gmacs = macs.get(name, macs["ours"]) / 1e9
             print(f"| {name} | {gmacs:.2f} | {value * 1e3:.0f} | {median * 1e3:.0f} | {value / best['ours']:.2f} |")
+    volume = torch.randn(1, 1, 64, 64, 64)
+    nnmamba = create_model("nnmamba_seg").train()
+    with torch.no_grad():  # its batch norms must have seen data, or the published head gives zeros
+        for _ in range(10):
+            nnmamba(volume)
+    nnmamba.eval()
+    check(nnmamba, volume, "nnMamba")
+    parts = shares(nnmamba, volume, max(3, options.rounds // 3))
+    results["nnMamba at 64^3, forward, shares"] = parts
+    print("\nnnMamba for segmentation, 64 x 64 x 64, forward: " + ", ".join(f"{v:.0%} {k}" for k, v in parts.items()))
     if options.output:
         options.output.write_text(json.dumps(results, indent=2))
 
