@@ -37,6 +37,13 @@ def _positive_from_environment(name: str) -> int | None:
     return int(text)
 
 
+def _allowed_threads() -> int:
+    """Number of threads this process may compute with: ``OMP_NUM_THREADS`` if set, but no more than its cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a list has one entry per level of nesting
+    return min(int(asked), cores) if asked.isdecimal() and int(asked) else cores
+
+
 class MambaTrainer(nnUNetTrainer):
     """Trains one of our segmentation networks by nnU-Net's recipe.
 
@@ -92,6 +99,10 @@ class MambaTrainer(nnUNetTrainer):
         is_continued = plans.get("continue_training", False)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self._check_plans()
+        if self.device.type == "cpu":
+            # nnU-Net takes every core of the computer, also those a scheduler or a container gave to others, and then
+            # waits for threads that do not run.
+            torch.set_num_threads(min(torch.get_num_threads(), _allowed_threads()))
         self.worker_processes: list[Any] = []
         self._random_state: dict[str, Any] | None = None
         self._weights = None if is_continued else os.environ.get(WEIGHTS_VARIABLE) or self.pretrained_weights

@@ -153,6 +153,21 @@ def test_length_from_the_environment(make_trainer, monkeypatch):
         make_trainer()
 
 
+@pytest.mark.parametrize(("variable", "cores", "expected"), [("1", 3, 1), ("2,1", 3, 2), ("8", 2, 2), ("", 2, 2)])
+def test_threads_keep_to_the_environment_and_the_cores_of_the_process(
+    make_trainer, monkeypatch, variable, cores, expected
+):
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    torch.set_num_threads(3)  # as nnU-Net sets it to all cores of the computer
+    try:
+        make_trainer()
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_no_amp_variant_computes_in_float32(make_trainer):
     trainer = make_trainer("nnMambaTrainerNoAMP", patch_size=(10, 32, 32))
     assert trainer.grad_scaler is None
