@@ -4,7 +4,7 @@
   never predicted has precision 0. F1 is the mean of the classes' F1, not the harmonic mean of the two means.
 * The AUC is that of the second class for two classes, else the mean of the one-against-rest AUCs (MedMNIST).
 * For several labels at once the AUC is the mean over the classes that have positives and negatives; the others are
-  named and left out.
+  named and left out. Labels that are not known (NaN) count nowhere.
 
 The convention was recovered from published figures: see `tests/evaluation/test_classification.py`. The figures equal
 scikit-learn's (same tests); they are computed here because a bootstrap needs them a thousand times, and scikit-learn
@@ -74,13 +74,15 @@ def multi_label_auc(label: np.ndarray, probs: np.ndarray) -> tuple[float, np.nda
     """Return the mean AUC over the classes that can be measured, and the AUC of every class (NaN if it cannot).
 
     Args:
-        label: zeros and ones ``(cases, classes)``.
+        label: zeros and ones ``(cases, classes)``, NaN where they are not known.
         probs: probabilities ``(cases, classes)``.
     """
     each = np.full(label.shape[1], np.nan)
     for c in range(label.shape[1]):
-        if 0 < label[:, c].sum() < len(label):
-            each[c] = _area(label[:, c] == 1, probs[:, c])
+        known = ~np.isnan(label[:, c])
+        positive = label[known, c] == 1
+        if 0 < positive.sum() < len(positive):
+            each[c] = _area(positive, probs[known, c])
     return (float(np.nanmean(each)) if not np.isnan(each).all() else float("nan")), each
 
 
@@ -90,10 +92,10 @@ def multi_label_score(
     """Return all six metrics for several labels at once, as means over the classes that can be measured.
 
     Each class is a question of its own with the answers yes and no: precision, sensitivity, specificity and F1 are
-    those of yes, accuracy is the share of right answers.
+    those of yes, accuracy is the share of right answers. Where a label is not known the answer does not count.
 
     Args:
-        label: zeros and ones ``(cases, classes)``.
+        label: zeros and ones ``(cases, classes)``, NaN where they are not known.
         probs: probabilities ``(cases, classes)``.
         thresholds: probability from which the answer is yes, one or one per class (published: 0.5).
 
@@ -104,14 +106,16 @@ def multi_label_score(
     measured = ~np.isnan(each)
     if not measured.any():
         return dict.fromkeys(METRICS, float("nan")), each
-    truth, answer = label[:, measured] == 1, (probs >= thresholds)[:, measured]
-    hits, rejections = (truth & answer).sum(0), (~truth & ~answer).sum(0)
+    yes, no = label[:, measured] == 1, label[:, measured] == 0
+    answer = (probs >= thresholds)[:, measured]
+    hits, rejections = (yes & answer).sum(0), (no & ~answer).sum(0)
+    answered = (answer & (yes | no)).sum(0)
     return {
-        "accuracy": float((truth == answer).mean()),
-        "precision": float(_share(hits, answer.sum(0)).mean()),
-        "sensitivity": float(_share(hits, truth.sum(0)).mean()),
-        "specificity": float(_share(rejections, (~truth).sum(0)).mean()),
-        "f1": float(_share(2 * hits, truth.sum(0) + answer.sum(0)).mean()),
+        "accuracy": float((hits + rejections).sum() / (yes | no).sum()),
+        "precision": float(_share(hits, answered).mean()),
+        "sensitivity": float(_share(hits, yes.sum(0)).mean()),
+        "specificity": float(_share(rejections, no.sum(0)).mean()),
+        "f1": float(_share(2 * hits, yes.sum(0) + answered).mean()),
         "auc": mean_auc,
     }, each
 

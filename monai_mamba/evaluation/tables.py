@@ -1,7 +1,8 @@
 """Tables of predictions, as the bundles write them, and what is computed from them.
 
 A table is a CSV file with a row per case: ``case``, ``patient`` (default: the case), optionally ``study``; ``label``
-with class numbers, or ``label_<class>`` with 0 and 1 for several labels at once; ``prob_<class>``, a column per class.
+with class numbers, or ``label_<class>`` with 0 and 1 for several labels at once, empty where it is not known;
+``prob_<class>``, a column per class.
 Further columns (``site``, ``body_part``) can be scored by their values.
 """
 
@@ -34,7 +35,7 @@ class Predictions:
     Attributes:
         classes: names of the classes.
         case, patient, study: names, ``(cases,)``; the study is empty if the table has none.
-        label: class numbers ``(cases,)``, or zeros and ones ``(cases, classes)``.
+        label: class numbers ``(cases,)``, or zeros and ones ``(cases, classes)`` with NaN for those not known.
         probs: ``(cases, classes)``.
         columns: further columns of the table, ``(cases,)`` each.
     """
@@ -116,16 +117,16 @@ def read_predictions(path: os.PathLike[str] | str) -> Predictions:
     outside = ~((probs >= 0) & (probs <= 1)).all(1)
     if outside.any():
         raise DatasetError(f"{path}: holds probabilities outside 0 to 1, first in case {case[outside][0]}")
-    label = read_numbers(rows, label_columns, path)
+    label = read_numbers(rows, label_columns, path, may_be_empty=not is_single)
     highest = len(classes) - 1 if is_single else 1
-    outside = ~np.isin(label, np.arange(highest + 1)).all(1)
+    outside = ~(np.isin(label, np.arange(highest + 1)) | np.isnan(label)).all(1)
     if outside.any():
         raise DatasetError(
             f"{path}: labels must be whole numbers from 0 to {highest}, case {case[outside][0]} has "
             f"{', '.join(f'{v:g}' for v in label[outside][0])}"
         )
     if is_single:
-        label = label[:, 0]
+        label = label[:, 0].astype(int)
         off = np.abs(probs.sum(1) - 1) > _SUM_TOLERANCE
         if off.any():
             raise DatasetError(
@@ -138,7 +139,7 @@ def read_predictions(path: os.PathLike[str] | str) -> Predictions:
         raise DatasetError(f"{path}: the column `study` is empty for the case {case[study == ''][0]}")
     known = {"case", "patient", "study", *label_columns, *(f"prob_{name}" for name in classes)}
     columns = {name: np.array([row[name] or "" for row in rows]) for name in names if name not in known}
-    return Predictions(classes, case, patient, study, label.astype(int), probs, columns)
+    return Predictions(classes, case, patient, study, label, probs, columns)
 
 
 def group_predictions(predictions: Predictions, by: str) -> Predictions:
@@ -154,7 +155,7 @@ def group_predictions(predictions: Predictions, by: str) -> Predictions:
     if by == "study" and (predictions.study == "").any():
         raise DatasetError("scores by study need the column `study` in the table of predictions")
     names, first, index = np.unique(getattr(predictions, by), return_index=True, return_inverse=True)
-    if not np.array_equal(predictions.label[first][index], predictions.label):
+    if not _same_labels(predictions.label[first][index], predictions.label):
         raise DatasetError(f"cases of one {by} have different labels; evaluate by case")
     probs = np.stack([np.bincount(index, column) for column in predictions.probs.T], 1) / np.bincount(index)[:, None]
     grouped = predictions.select(first)
@@ -219,16 +220,11 @@ def evaluate(
     if test.is_multi_label:
         areas = classification.multi_label_auc(test.label, test.probs)[1]
         report["classes_without_both_labels"] = [n for n, v in zip(test.classes, areas, strict=True) if math.isnan(v)]
-        report["positives"] = dict(zip(test.classes, test.label.sum(0).tolist(), strict=True))
+        known = ~np.isnan(test.label)
+        report["positives"] = dict(zip(test.classes, (test.label == 1).sum(0).tolist(), strict=True))
+        report["known_labels"] = dict(zip(test.classes, known.sum(0).tolist(), strict=True))
         if validation is not None:
-            thresholds = np.array(
-                [
-                    classification.youden_threshold(validation.label[:, c], validation.probs[:, c])
-                    if 0 < validation.label[:, c].sum() < len(validation.case)
-                    else 0.5
-                    for c in range(len(test.classes))
-                ]
-            )
+            thresholds = np.array([_youden_of_class(validation, c) for c in range(len(test.classes))])
             report["youden"] = {
                 "threshold": dict(zip(test.classes, thresholds.tolist(), strict=True)),
                 "chosen_on": "validation",
@@ -273,7 +269,7 @@ def compare(
     if (
         first.classes != second.classes
         or not np.array_equal(first.case[order], second.case[other])
-        or not np.array_equal(first.label[order], second.label[other])
+        or not _same_labels(first.label[order], second.label[other])
     ):
         raise DatasetError("two models can be compared on the same cases, labels and classes only")
     first, second = first.select(order), second.select(other)
@@ -343,6 +339,19 @@ def evaluate_files(
         contents[REPORT_FILE] = render_classification(metrics, predictions, on_validation, explanations, robustness)
     write_results(output_dir, contents)
     return metrics
+
+
+def _youden_of_class(validation: Predictions, index: int) -> float:
+    """The threshold of one of several labels from its known cases; 0.5 if it has no positives or no negatives."""
+    known = ~np.isnan(validation.label[:, index])
+    label = validation.label[known, index].astype(int)
+    if not 0 < label.sum() < len(label):
+        return 0.5
+    return classification.youden_threshold(label, validation.probs[known, index])
+
+
+def _same_labels(first: np.ndarray, second: np.ndarray) -> bool:
+    return np.array_equal(first, second, equal_nan=first.dtype.kind == "f")
 
 
 def _require_both(test: Predictions) -> None:

@@ -142,13 +142,13 @@ def pick_cases(probs: np.ndarray, labels: np.ndarray | None, number: int) -> lis
 
     Args:
         probs: ``(cases, classes)``.
-        labels: class numbers, zeros and ones per class, or None if the truth is not known.
+        labels: class numbers, zeros and ones per class (NaN where not known), or None if the truth is not known.
         number: how many.
     """
     if labels is None:
         wrong = np.array([], dtype=int)
     elif labels.ndim == 2:
-        wrong = np.argsort(-np.abs(labels - probs).max(1), kind="stable")
+        wrong = np.argsort(-np.nan_to_num(np.abs(labels - probs)).max(1), kind="stable")
     else:
         right = probs[np.arange(len(probs)), labels]
         wrong = np.argsort(right, kind="stable")
@@ -199,7 +199,7 @@ def _input(trained: Trained, case: Mapping[str, Any]) -> torch.Tensor:
 def _labels(cases: Sequence[Mapping[str, Any]], num_classes: int) -> np.ndarray | None:
     if any("label" not in case for case in cases):
         return None
-    return np.array([np.asarray(case["label"]) for case in cases], dtype=int)
+    return np.array([np.asarray(case["label"]) for case in cases])
 
 
 def _draw(
@@ -244,7 +244,7 @@ def _draw(
 def _truth(label: np.ndarray, classes: Sequence[str]) -> str:
     if label.ndim == 0:
         return classes[int(label)]
-    return " + ".join(name for name, value in zip(classes, label, strict=True) if value) or "none"
+    return " + ".join(name for name, value in zip(classes, label, strict=True) if value == 1) or "none"
 
 
 def _picture(

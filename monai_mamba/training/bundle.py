@@ -128,6 +128,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def num_processes() -> int:
+    """Return the number of processes that train together; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def distributed_network(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """Wrap a network for several processes; on GPUs batch statistics are taken over all of them.
 

@@ -13,7 +13,8 @@ The file is a MONAI data list with three sections and what is needed to trust it
 Files are relative to the folder. Several channels are a list of files. A study with two views has ``image1`` and
 ``image2``. What a case is labeled with depends on the task:
 
-* classification: ``label`` is a class number, ``classes`` names them; several labels at once are a list of 0 and 1;
+* classification: ``label`` is a class number, ``classes`` names them; several labels at once are a list of 0 and 1, and
+  ``label_mask`` beside it has 0 for those that are not known (uncertain findings of CheXpert);
 * segmentation: ``label`` is the file of a label map, ``"labels": {"background": 0, "organ": 1}`` names its values;
 * landmarks: ``landmarks`` is a list ``[[x, y, z], ...]`` in mm (world, RAS+), null for one that the case does not have,
   ``landmark_names`` names them.
@@ -33,7 +34,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -90,14 +91,15 @@ def load_cases(
         dataset_dir: folder with a ``datalist.json``.
         section: ``"training"``, ``"validation"`` or ``"test"``.
         fold: which training cases validate if there is no validation section and they carry a ``fold``.
-        on_corrupt: ``"error"`` checks that files exist and leaves it to the transforms to stop at one that cannot be
-            read; ``"drop"`` opens every file now and leaves out those that cannot be read, with a warning that counts
-            and names them.
+        on_corrupt: ``"error"`` checks that files exist, and the run stops at the first one that cannot be read when
+            its turn comes; ``"drop"`` opens every file now and leaves out those that cannot be read, with a warning
+            that counts and names them. What gets damaged later is left to `monai_mamba.training.loading`.
         limit: take only this many cases, evenly spaced over the section; for trials.
 
     Returns:
-        One dictionary per case with ``case``, ``patient``, the files and the label; ``landmarks`` as an array
-        ``(landmarks, 3)`` in mm with NaN for those that are missing.
+        One dictionary per case with ``case``, ``patient``, the files and the label; several labels at once as an array
+        ``(classes,)`` of zeros and ones, NaN for those that are not known; ``landmarks`` as an array ``(landmarks, 3)``
+        in mm with NaN for those that are missing.
 
     Raises:
         DatasetError: if a file is missing, a label is out of range or of the wrong kind (a test section without any
@@ -106,8 +108,7 @@ def load_cases(
     """
     if section not in SECTIONS:
         raise ValueError(f"`section` must be one of {', '.join(SECTIONS)}, got {section!r}")
-    if on_corrupt not in CORRUPT_POLICIES:
-        raise ValueError(f"`on_corrupt` must be one of {', '.join(CORRUPT_POLICIES)}, got {on_corrupt!r}")
+    check_corrupt_policy(on_corrupt)
     manifest = _with_folds(read_manifest(dataset_dir), fold)
     source = Path(dataset_dir) / MANIFEST
     if not manifest.get(section):
@@ -128,11 +129,19 @@ def load_cases(
     if on_corrupt == "drop":
         cases = _without_corrupt(cases, source)
     for case in cases:
-        if isinstance(case.get("label"), list):
-            case["label"] = np.asarray(case["label"])  # lists would be collated by class, not by case
+        if isinstance(case.get("label"), list):  # lists would be collated by class, not by case
+            label, mask = np.asarray(case["label"], dtype=np.float32), case.pop("label_mask", None)
+            case["label"] = label if mask is None else np.where(np.asarray(mask) == 1, label, np.float32(np.nan))
     if limit is not None and limit < len(cases):
         cases = [cases[i * len(cases) // limit] for i in range(limit)]
     return cases
+
+
+def check_corrupt_policy(on_corrupt: str) -> str:
+    """Return ``on_corrupt`` if it is one of ``CORRUPT_POLICIES``, else raise ValueError."""
+    if on_corrupt not in CORRUPT_POLICIES:
+        raise ValueError(f"`on_corrupt` must be one of {', '.join(CORRUPT_POLICIES)}, got {on_corrupt!r}")
+    return on_corrupt
 
 
 def list_inputs(dataset_dir: os.PathLike[str] | str, section: str = "test") -> list[dict[str, Any]]:
@@ -163,6 +172,12 @@ def class_names(dataset_dir: os.PathLike[str] | str) -> list[str]:
     if not isinstance(classes, list) or not classes:
         raise DatasetError(f"{Path(dataset_dir) / MANIFEST}: `classes` must be a list of names")
     return [str(name) for name in classes]
+
+
+def is_multi_label(dataset_dir: os.PathLike[str] | str) -> bool:
+    """True if a case of the data set may be of several classes at once: its ``label`` is a list."""
+    manifest = read_manifest(dataset_dir)
+    return any(isinstance(case.get("label"), list) for section in SECTIONS for case in manifest.get(section, []))
 
 
 def structure_names(dataset_dir: os.PathLike[str] | str) -> list[str]:
@@ -292,15 +307,26 @@ def _check_leaks(by_section: dict[str, list[dict[str, Any]]], source: Path) -> N
 
 def _check_labels(cases: list[dict[str, Any]], classes: list[str], source: Path, section: str) -> None:
     counts = dict.fromkeys(range(len(classes)), 0)
+    is_multi_label = any(isinstance(case.get("label"), list) for case in cases)
     for case in cases:
-        label = case.get("label")
-        if isinstance(label, list):
-            if len(label) != len(classes) or any(value not in (0, 1) for value in label):
+        label, mask = case.get("label"), case.get("label_mask")
+        if is_multi_label:
+            if not _is_zeros_and_ones(label, len(classes)):
                 raise DatasetError(
-                    f"{source}: case {case['case']}: `label` must be {len(classes)} zeros or ones, got {label}"
+                    f"{source}: case {case['case']}: `label` must be {len(classes)} zeros or ones, got {label!r:.120}"
+                )
+            if mask is not None and not _is_zeros_and_ones(mask, len(classes)):
+                raise DatasetError(
+                    f"{source}: case {case['case']}: `label_mask` must be {len(classes)} ones, or zeros for labels "
+                    f"that are not known, got {mask!r:.120}"
                 )
             for index, value in enumerate(label):
-                counts[index] += value
+                counts[index] += int(value == 1 and (mask is None or mask[index] == 1))
+        elif mask is not None:
+            raise DatasetError(
+                f"{source}: case {case['case']}: `label_mask` belongs to a list of labels, `label` is {label!r}; leave "
+                "a case without a label out"
+            )
         elif isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(classes):
             counts[label] += 1
         else:
@@ -311,6 +337,10 @@ def _check_labels(cases: list[dict[str, Any]], classes: list[str], source: Path,
     empty = [classes[index] for index, count in counts.items() if count == 0]
     if section == "training" and empty:
         raise DatasetError(f"{source}: no case of `training` is of the class {', '.join(empty)}")
+
+
+def _is_zeros_and_ones(values: Any, number: int) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and len(values) == number and all(value in (0, 1) for value in values)
 
 
 def _without_corrupt(cases: list[dict[str, Any]], source: Path) -> list[dict[str, Any]]:

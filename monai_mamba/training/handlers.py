@@ -20,6 +20,7 @@ from monai.data.utils import set_rnd
 from torch import nn
 
 from monai_mamba.errors import CheckpointError, RunError
+from monai_mamba.evaluation.classification import multi_label_auc
 from monai_mamba.files import case_file, whole_file, write_text
 from monai_mamba.training.bundle import MODEL_CARD, rank, seed_everything
 from monai_mamba.training.label_maps import write_label_map
@@ -53,6 +54,16 @@ class EpochSeeds:
         if hasattr(loader.sampler, "set_epoch"):
             loader.sampler.set_epoch(epoch)
         engine.set_data(loader)
+
+
+class EndWithData:
+    """End an epoch when there are no more batches, fewer than announced if a whole one could not be read.
+
+    Ignite would begin anew with the first batch, and score its cases twice.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda engine: engine.terminate_epoch())
 
 
 class NonFiniteGuard:
@@ -243,7 +254,8 @@ class RunKeeper:
 class PredictionWriter:
     """Write what an evaluator predicts into one CSV file, a row per case.
 
-    Columns: ``case``, ``patient``, ``label`` (or ``label_<class>`` for several labels at once) and ``prob_<class>``.
+    Columns: ``case``, ``patient``, ``label`` (or ``label_<class>`` for several labels at once, empty where it is not
+    known) and ``prob_<class>``.
     `monai_mamba.evaluation` and ``monai-mamba evaluate`` read it.
 
     Args:
@@ -275,7 +287,8 @@ class PredictionWriter:
             if "label" in batch:
                 label = torch.as_tensor(batch["label"][index])
                 if self.multi_label:
-                    entry.update({f"label_{n}": int(v) for n, v in zip(self.classes, label.tolist(), strict=True)})
+                    values = ("" if math.isnan(value) else int(value) for value in label.tolist())
+                    entry.update({f"label_{n}": v for n, v in zip(self.classes, values, strict=True)})
                 else:
                     entry["label"] = int(label)
             entry.update({f"prob_{n}": f"{p:.9g}" for n, p in zip(self.classes, row, strict=True)})
@@ -288,6 +301,34 @@ class PredictionWriter:
             writer.writeheader()
             writer.writerows(self._rows)
         logger.info("wrote %d predictions to %s", len(self._rows), self.path)
+
+
+class MeanAUC(Metric):
+    """Mean area under the ROC curve over the classes, each against the rest, from known labels (not NaN) alone.
+
+    Classes without known positives or negatives are left out; without any other the value is NaN. MONAI's metric is NaN
+    as soon as one of them occurs.
+
+    Args:
+        output_transform: to probabilities and labels ``(classes,)`` of the cases, MONAI's
+            ``from_engine(["pred", "label"])``.
+    """
+
+    def __init__(self, output_transform: Any) -> None:
+        super().__init__(output_transform)
+
+    def reset(self) -> None:
+        self._probs: list[torch.Tensor] = []
+        self._labels: list[torch.Tensor] = []
+
+    def update(self, output: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]) -> None:
+        for kept, values in zip((self._probs, self._labels), output, strict=True):
+            kept.extend(torch.as_tensor(value).detach().double().cpu() for value in values)
+
+    def compute(self) -> float:
+        if not self._probs:
+            return math.nan
+        return multi_label_auc(torch.stack(self._labels).numpy(), torch.stack(self._probs).numpy())[0]
 
 
 class MeanRadialError(Metric):

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,10 @@ def write_label_map(path: os.PathLike[str] | str, label_map: Any) -> None:
 
 
 def gather_references(
-    cases: Sequence[dict[str, Any]], structures: Sequence[str], folder: os.PathLike[str] | str
+    cases: Sequence[dict[str, Any]],
+    structures: Sequence[str],
+    folder: os.PathLike[str] | str,
+    left_out: Container[str] = (),
 ) -> None:
     """Copy the label maps of cases into one folder under the names of the cases, as ``monai-mamba evaluate`` wants it.
 
@@ -50,11 +53,13 @@ def gather_references(
         cases: cases of `monai_mamba.training.datalist.load_cases` with ``label``.
         structures: names of the label values, background first.
         folder: for ``<case>.nii.gz``.
+        left_out: names of cases that were not predicted, `monai_mamba.training.loading.CaseLoader.left_out`.
 
     Raises:
         DatasetError: if a label map is no NIfTI file.
     """
     folder = Path(folder)
+    cases = [case for case in cases if str(case["case"]) not in left_out]
     if (folder / "dataset.json").is_file() and (folder / "cases.csv").is_file():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,18 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from monai_mamba.errors import DatasetError
 from monai_mamba.training.bundle import class_weights
 
 
-class MultiLabelLoss(nn.BCEWithLogitsLoss):
-    """Binary cross entropy of every class for itself; labels are zeros and ones of any type."""
+class MultiLabelLoss(nn.Module):
+    """Binary cross entropy of every class for itself; a label that is NaN (not known) asks for nothing.
+
+    The sum is divided by the number of all labels, those that are not known too, for the reasons of
+    :class:`HeatMapLoss`.
+
+    Shape:
+        input ``(B, classes)``, logits; target ``(B, classes)``, zeros and ones of any type.
+    """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return super().forward(input, target.to(input.dtype))
+        target = target.to(input.dtype)
+        known = ~target.isnan()
+        return F.binary_cross_entropy_with_logits(
+            input, torch.where(known, target, torch.zeros_like(target)), weight=known.to(input.dtype)
+        )
 
 
 class SingleLogitLoss(nn.BCEWithLogitsLoss):
@@ -25,9 +38,18 @@ class SingleLogitLoss(nn.BCEWithLogitsLoss):
     Args:
         cases: the training cases, for their class counts; needed for ``balance="weights"`` only.
         balance: ``"weights"`` weighs the second class by the count of the first over its own; else none (published).
+
+    Raises:
+        DatasetError: if a case is of a third class or of several at once, for which one logit is not enough.
     """
 
     def __init__(self, cases: Sequence[dict[str, Any]] = (), balance: str = "none") -> None:
+        for case in cases:
+            if np.ndim(case["label"]) or case["label"] not in (0, 1):
+                raise DatasetError(
+                    f"case {case.get('case')}: `label` must be 0 or 1 for a network with one logit, got "
+                    f"{case['label']}; use a data set of two classes"
+                )
         weights = class_weights(cases, 2, balance)
         super().__init__(pos_weight=None if weights is None else weights[1] / weights[0])
 

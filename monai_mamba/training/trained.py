@@ -29,6 +29,7 @@ from torch import nn
 from monai_mamba.errors import CheckpointError, DatasetError
 from monai_mamba.training.bundle import MODEL_CARD, local_device
 from monai_mamba.training.datalist import MANIFEST, class_names, list_inputs
+from monai_mamba.training.loading import read_failure
 from monai_mamba.training.outputs import class_probabilities
 from monai_mamba.training.transforms import ReadPictured
 from monai_mamba.weights import read_state_dict
@@ -151,15 +152,7 @@ class Trained:
         try:
             result: dict[str, Any] = transform(dict(case))
         except Exception as error:
-            # MONAI wraps whatever a transform raises; what we raised ourselves is at the end of the chain.
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, DatasetError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is not None:
-                raise cause from None
-            files = ", ".join(str(case[key]) for key in self.image_keys if isinstance(case.get(key), str))
-            last = _root_cause(error)
-            raise DatasetError(f"{files or case.get('case')}: cannot be read or prepared: {last}") from error
+            raise DatasetError(read_failure(case, error)) from error
         return result
 
 

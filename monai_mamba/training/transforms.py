@@ -123,12 +123,12 @@ class AutoAugmentd(MapTransform):
 
 
 class OneHotLabeld(MapTransform):
-    """Turn class numbers into one-hot float vectors ``(classes,)`` for the metrics; lists of zeros and ones stay.
+    """Turn class numbers into one-hot float vectors ``(classes,)`` for the metrics; zeros, ones and NaN stay.
 
     Args:
         keys: keys with labels.
         num_classes: length of the vectors; 1 keeps the number, for networks with one logit for two classes.
-        multi_label: labels are lists of zeros and ones already.
+        multi_label: labels are vectors of zeros and ones already, NaN where they are not known.
     """
 
     def __init__(self, keys: KeysCollection = "label", num_classes: int = 2, multi_label: bool = False) -> None:

@@ -16,6 +16,8 @@ from monai.bundle import ConfigWorkflow, ckpt_export, verify_net_in_out
 
 from monai_mamba.errors import CheckpointError, DatasetError
 from monai_mamba.export import export_network
+from monai_mamba.training.datalist import load_cases
+from monai_mamba.training.samples import sample_dataset
 
 ROOT = Path(__file__).parents[2] / "bundles"
 CONFIGS = ("train", "evaluate", "inference", "multi_gpu_train")
@@ -313,3 +315,56 @@ def test_refusals_name_what_is_wrong(bundle):
         run(bundle, "train", max_epochs=1, dataset_dir=str(bundle / "empty"))
     assert "datalist.json" in str(cause(caught.value, DatasetError))
     assert not (bundle / "models" / "model.pt").exists()
+
+
+def test_cases_damaged_after_the_check_are_left_out_of_training_validation_and_test(tmp_path, monkeypatch, caplog):
+    bundle = tmp_path / "nnmamba_seg"
+    shutil.copytree(ROOT / bundle.name / "configs", bundle / "configs")
+    monkeypatch.chdir(bundle)
+    for configs, sections in ((["train"], ["train", "validate"]), (["train", "evaluate"], ["test"])):
+        workflow = ConfigWorkflow(
+            config_file=[str(bundle / "configs" / f"{config}.json") for config in configs],
+            workflow_type="train",
+            logging_file=False,
+            **{**SMALL[bundle.name], "max_epochs": 1, "on_corrupt": "drop", "num_draws": 5},
+        )
+        workflow.initialize()
+        damaged = [workflow.parser.get_parsed_content(f"{section}#data")[1] for section in sections]
+        for case in damaged:  # batches of one: a whole batch is lost
+            Path(case["image"]).write_bytes(Path(case["image"]).read_bytes()[:200])
+        workflow.run()
+        for case in damaged:
+            assert f"case {case['case']} left out: {case['image']}" in caplog.text
+        assert "1 of 4 cases left out in this pass" in caplog.text
+    metrics = json.loads((bundle / "eval" / "metrics.json").read_text())
+    assert metrics["cases"] == 3
+    assert damaged[0]["case"] not in (bundle / "eval" / "cases.csv").read_text()
+
+
+def test_several_labels_at_once_with_unknown_ones_are_learned_and_scored(tmp_path, monkeypatch):
+    bundle = tmp_path / "medmamba"
+    shutil.copytree(ROOT / bundle.name / "configs", bundle / "configs")
+    monkeypatch.chdir(bundle)
+    data = Path(sample_dataset("breastmnist", tmp_path / "data"))
+    manifest = json.loads((data / "datalist.json").read_text())
+    for section in ("training", "validation", "test"):
+        for number, case in enumerate(manifest[section]):
+            case["label"] = [case["label"], 1 - case["label"], int(number % 3 == 0)]
+            if number % 4 == 1:
+                case["label_mask"] = [1, 0, 1]
+    (data / "datalist.json").write_text(json.dumps({**manifest, "classes": ["benign", "malignant", "third"]}))
+    settings = {"dataset_dir": str(data), "max_epochs": 1}
+    run(bundle, "train", **settings)
+    run(bundle, "train", "evaluate", num_draws=5, **settings)
+    metrics = json.loads((bundle / "eval" / "metrics.json").read_text())
+    assert metrics["task"] == "multi-label classification"
+    limit = SMALL["medmamba"]["limit"]
+    masked = sum(bool(np.isnan(case["label"]).any()) for case in load_cases(data, "test", limit=limit))
+    assert 0 < masked and metrics["known_labels"] == {"benign": limit, "malignant": limit - masked, "third": limit}
+    infer(bundle, dataset_dir=str(data))
+    with open(bundle / "predictions" / "predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    total = sum(float(rows[0][f"prob_{name}"]) for name in ("benign", "malignant", "third"))
+    assert abs(total - 1) > 0.05  # no softmax
+    for row in rows:
+        assert (row["label_malignant"] == "") == ("label_mask" in manifest["test"][int(row["case"][-4:])])

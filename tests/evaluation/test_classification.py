@@ -92,6 +92,22 @@ def test_multi_label_auc_leaves_out_classes_without_positives():
     assert np.isnan(each[1])
 
 
+def test_unknown_labels_count_nowhere():
+    generator = np.random.default_rng(3)
+    label, probs = generator.integers(0, 2, (60, 3)).astype(float), generator.random((60, 3))
+    hidden = generator.random((60, 3)) < 0.3
+    means, each = classification.multi_label_score(np.where(hidden, np.nan, label), probs)
+    parts = [
+        classification.multi_label_score(label[~h, c : c + 1], probs[~h, c : c + 1]) for c, h in enumerate(hidden.T)
+    ]
+    assert each.tolist() == pytest.approx([part[1][0] for part in parts])
+    for name in ("precision", "sensitivity", "specificity", "f1", "auc"):
+        assert means[name] == pytest.approx(np.mean([part[0][name] for part in parts])), name
+    assert means["accuracy"] == pytest.approx(((probs >= 0.5) == (label == 1))[~hidden].mean())
+    other = np.where(hidden, 1 - probs, probs)  # whatever was answered there
+    assert classification.multi_label_score(np.where(hidden, np.nan, label), other)[0] == means
+
+
 def test_youden_threshold_separates_what_can_be_separated():
     label, probability = np.array([0, 0, 1, 1]), np.array([0.1, 0.4, 0.45, 0.8])
     threshold = classification.youden_threshold(label, probability)

@@ -153,3 +153,18 @@ def test_multi_label_thresholds_come_from_validation(tmp_path):
     assert report["youden"]["threshold"] == {"x": 0.3, "y": 0.9}
     assert report["metrics"]["sensitivity"]["value"] == 0.5
     assert report["youden"]["metrics"]["sensitivity"]["value"] == 1
+
+
+def test_empty_labels_are_unknown_and_counted(tmp_path):
+    rows = "case,label_x,label_y,prob_x,prob_y\n1,1,0,0.8,0.8\n2,0,,0.3,0.4\n3,,1,0.1,0.9\n4,0,,0.2,0.1\n"
+    table = read_predictions(write(tmp_path / "t.csv", rows))
+    report = evaluate(table, table, num_draws=20)
+    assert report["known_labels"] == {"x": 3, "y": 2}
+    assert report["positives"] == {"x": 1, "y": 1}
+    assert report["youden"]["threshold"] == {"x": 0.8, "y": 0.9}
+    assert report["metrics"]["auc"]["value"] == 1  # case 3 would spoil it
+    assert compare(table, table, num_draws=5)["difference"]["auc"]["value"] == 0
+    evaluate_files(tmp_path / "t.csv", tmp_path / "out", num_draws=5)
+    assert "known" in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(DatasetError, match="`label` must be numbers in every row"):
+        read_predictions(write(tmp_path / "s.csv", "case,label,prob_a,prob_b\n1,,0.5,0.5\n2,1,0.4,0.6\n"))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from monai_mamba.errors import DatasetError
-from monai_mamba.training.datalist import list_inputs, load_cases, structure_names
+from monai_mamba.training.datalist import is_multi_label, list_inputs, load_cases, structure_names
 
 
 @pytest.fixture
@@ -72,6 +72,55 @@ def test_bad_data_list_is_refused(dataset, change, reason):
 def test_class_without_training_case_is_refused(dataset):
     with pytest.raises(DatasetError, match="class b"):
         load_cases(dataset(lambda m: m["training"].pop()), "training")
+
+
+def several_labels(manifest, **fields):
+    """Two classes at once in every case; ``fields`` change the first of the training section."""
+    for section in ("training", "validation", "test"):
+        for index, case in enumerate(manifest[section]):
+            case["label"] = [1, index]
+    manifest["training"][0].update(fields)
+
+
+def test_labels_that_are_not_known_become_nan(dataset):
+    folder = dataset(lambda m: several_labels(m, label_mask=[0, 1]))
+    assert is_multi_label(folder)
+    first, second = load_cases(folder, "training")
+    np.testing.assert_array_equal(first["label"], [np.nan, 0])
+    np.testing.assert_array_equal(second["label"], [1, 1])
+    assert first["label"].dtype == second["label"].dtype == np.float32  # they are stacked into one batch
+    assert "label_mask" not in first
+    assert not is_multi_label(dataset())
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"label_mask": [1]}, "`label_mask` must be 2 ones"),
+        ({"label_mask": [1, 0.5]}, "`label_mask` must be 2 ones"),
+        ({"label_mask": 1}, "`label_mask` must be 2 ones"),
+        ({"label": 1}, "`label` must be 2 zeros or ones, got 1"),
+        ({"label": [1, None]}, "`label` must be 2 zeros or ones"),
+    ],
+    ids=["short", "half", "number", "mixed", "null"],
+)
+def test_bad_lists_of_labels_are_refused(dataset, fields, reason):
+    with pytest.raises(DatasetError, match=f"case training0: {reason}"):
+        load_cases(dataset(lambda m: several_labels(m, **fields)), "training")
+
+
+def test_mask_of_a_single_label_is_refused(dataset):
+    with pytest.raises(DatasetError, match="case training0: `label_mask` belongs to a list of labels"):
+        load_cases(dataset(case_of("training", label_mask=[1])), "training")
+
+
+def test_class_whose_positives_are_all_unknown_is_empty(dataset):
+    def hide(manifest):
+        several_labels(manifest)
+        manifest["training"][1]["label_mask"] = [1, 0]
+
+    with pytest.raises(DatasetError, match="no case of `training` is of the class b"):
+        load_cases(dataset(hide), "training")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"training": '], ids=["empty", "list", "brace", "cut"])

@@ -16,7 +16,7 @@ from monai.transforms import RandGaussianNoised
 
 from monai_mamba.errors import CheckpointError, RunError
 from monai_mamba.training.bundle import seed_everything, start_from
-from monai_mamba.training.handlers import EpochSeeds, NonFiniteGuard, PredictionWriter, RunKeeper
+from monai_mamba.training.handlers import EpochSeeds, MeanAUC, NonFiniteGuard, PredictionWriter, RunKeeper
 
 
 def run_engines(folder, values, max_epochs=None, higher_is_better=True, **keeper_arguments):
@@ -182,3 +182,22 @@ def test_predictions_with_another_number_of_classes_are_refused(tmp_path):
     engine = SimpleNamespace(state=SimpleNamespace(batch={"case": ["1"]}, output={"pred": torch.zeros(1, 2)}))
     with pytest.raises(RunError, match="2 outputs"):
         writer._collect(engine)
+
+
+def test_mean_auc_leaves_out_unknown_labels_and_classes_that_cannot_be_measured():
+    metric = MeanAUC(lambda output: output)
+    label = torch.tensor([[1, 0, 0], [0, 0, float("nan")], [float("nan"), 0, 1]])
+    probs = torch.tensor([[0.9, 0.1, 0.2], [0.1, 0.7, 0.1], [0.0, 0.3, 0.8]])
+    metric.update((list(probs[:2]), list(label[:2])))
+    metric.update((list(probs[2:]), list(label[2:])))
+    assert metric.compute() == 1.0  # case 3 has the lowest probability of class 1, but is unknown there
+    metric.reset()
+    assert np.isnan(metric.compute())
+
+
+def test_unknown_labels_are_written_as_empty_cells(tmp_path):
+    writer = PredictionWriter(tmp_path / "p.csv", ["a", "b"], multi_label=True)
+    batch = {"case": ["1"], "patient": ["1"], "label": torch.tensor([[float("nan"), 1.0]])}
+    writer._collect(SimpleNamespace(state=SimpleNamespace(batch=batch, output={"pred": torch.zeros(1, 2)})))
+    writer._write()
+    assert (tmp_path / "p.csv").read_text().splitlines()[1] == "1,1,,1,0.5,0.5"

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine
-from monai.transforms import Compose, LoadImaged, Orientationd, Resized
+from monai.transforms import Compose, LoadImaged, Orientationd, RandAffined, Resized
 
 from monai_mamba.errors import DatasetError
 from monai_mamba.evaluation.landmarks import read_landmarks, summarize_trainings
-from monai_mamba.heat_maps import voxel_to_world
+from monai_mamba.heat_maps import decode_heat_maps, voxel_to_world
 from monai_mamba.networks import NNMambaSeg
 from monai_mamba.training.bundle import single_output, warmup_polynomial
 from monai_mamba.training.handlers import MeanRadialError, SingleOutput
@@ -60,6 +60,36 @@ def test_landmarks_survive_the_way_to_heat_maps_and_back(tmp_path, size):
     assert float(found["peak"][0]) == pytest.approx(9.0, rel=0.1)
     coarse = HeatMapsToLandmarksd()({**data, "pred": maps})
     assert (coarse["error_mm"][:2] < np.linalg.norm([1.4, 1.2, 2.2]) / 2 + 0.01).all()
+
+
+def test_heat_maps_move_with_an_augmented_volume(tmp_path):
+    spot = np.array([8.0, 14, 10])
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in (20, 24, 18)), indexing="ij"), -1)
+    values = np.exp(-((grid - spot) ** 2).sum(-1) / 8)
+    transform = Compose(
+        [
+            LoadImaged("image", image_only=True, ensure_channel_first=True),
+            Orientationd("image", axcodes="RAS", labels=None),
+            RandAffined(
+                "image", prob=1.0, rotate_range=[0.3] * 3, scale_range=[0.15] * 3, translate_range=[2.0] * 3,
+                padding_mode="border",
+            ),
+            KeepAffined("image"),
+            LandmarksToHeatMapsd(sigma_vox=2.0, amplitude=1.0),
+        ]
+    ).set_random_state(3)  # fmt: skip
+    case = {"image": volume(tmp_path / "i.nii.gz", values=values), "landmarks": voxel_to_world(spot[None], OBLIQUE)}
+    places = []
+    for _ in range(3):
+        data = transform(case)
+        weight = np.asarray(data["image"][0]) ** 2
+        seen = [
+            (axis * weight).sum() / weight.sum() for axis in np.meshgrid(*map(np.arange, weight.shape), indexing="ij")
+        ]
+        heat = decode_heat_maps(data["label"], window=4)[0]
+        np.testing.assert_allclose(heat, seen, atol=0.15)  # voxels
+        places.append(heat)
+    assert np.ptp(places, axis=0).max() > 1
 
 
 def test_window_is_of_the_positive_voxels_alone():

@@ -347,10 +347,11 @@ def _curves(metrics: Mapping[str, Any], test: Predictions) -> Section:
     more = None
     if test.is_multi_label:
         rows = [
-            [name, str(metrics["positives"][name]), _interval(metrics["metrics"][f"auc_{name}"])]
+            [name, str(metrics["positives"][name]), str(metrics["known_labels"][name]),
+             _interval(metrics["metrics"][f"auc_{name}"])]
             for name in test.classes
-        ]
-        more = Table(["Class", "positives", "AUC"], rows)
+        ]  # fmt: skip
+        more = Table(["Class", "positives", "known", "AUC"], rows)
     return Section(
         "ROC and precision-recall curves",
         charts=drawn,
@@ -363,9 +364,10 @@ def _one_against_rest(test: Predictions) -> tuple[dict[str, np.ndarray], dict[st
     indices = [1] if not test.is_multi_label and len(test.classes) == 2 else range(len(test.classes))
     truths, scores = {}, {}
     for index in indices:
-        truth = test.label[:, index] == 1 if test.is_multi_label else test.label == index
+        known = ~np.isnan(test.label[:, index]) if test.is_multi_label else np.full(len(test.case), True)
+        truth = (test.label[:, index] == 1 if test.is_multi_label else test.label == index)[known]
         if 0 < truth.sum() < len(truth):
-            truths[test.classes[index]], scores[test.classes[index]] = truth, test.probs[:, index]
+            truths[test.classes[index]], scores[test.classes[index]] = truth, test.probs[known, index]
     return truths, scores
 
 
@@ -418,10 +420,13 @@ def _strata(by: Mapping[str, Any]) -> Section:
 
 def _worst_cases(test: Predictions) -> Section:
     if test.is_multi_label:
-        right = np.where(test.label == 1, test.probs, 1 - test.probs)
-        loss = -np.log(np.clip(right, 1e-12, None)).mean(1)
+        known = ~np.isnan(test.label)
+        right = np.where(known, np.where(test.label == 1, test.probs, 1 - test.probs), 1.0)
+        loss = -np.log(np.clip(right, 1e-12, None)).sum(1) / np.maximum(known.sum(1), 1)
         rows = []
         for index in np.argsort(-loss, kind="stable")[:NUM_WORST]:
+            if not known[index].any():
+                break
             worst = int(right[index].argmin())
             said = "present" if test.label[index, worst] else "absent"
             rows.append([test.case[index], f"{test.classes[worst]} ({said})", f"{test.probs[index, worst]:.3f}"])
