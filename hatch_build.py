@@ -1,4 +1,4 @@
-"""Build hook: puts the compiled C library of the CPU scan into wheels.
+"""Build hook: puts the MONAI bundles and the compiled C library of the CPU scan into wheels.
 
 With a C compiler the wheel is ``py3-none-<platform>`` (any Python, any PyTorch); without one, or with
 ``MONAI_MAMBA_BUILD=0``, it is the pure ``py3-none-any`` and the library is compiled on first use. A build never fails
@@ -18,13 +18,19 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class CustomBuildHook(BuildHookInterface):
-    """Adds the library to standard wheels."""
+    """Adds bundles and library to standard wheels; editable installs use those of the checkout."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version != "standard":
             return
+        for bundle in sorted(Path(self.root, "bundles").iterdir()):
+            # Not what was trained or predicted in it; an option of pyproject.toml that rewrites paths would forbid
+            # editable installs.
+            files = [*bundle.glob("*"), *bundle.glob("configs/*"), *bundle.glob("docs/*")]
+            for file in (file for file in files if file.is_file()):
+                build_data["force_include"][str(file)] = f"monai_mamba/{file.relative_to(self.root).as_posix()}"
         cpu_build = _load(Path(self.root, "monai_mamba", "ops", "cpu_build.py"))
         if not cpu_build.is_allowed():
             self.app.display_info(f"{cpu_build.BUILD_VARIABLE} is 0: building a pure wheel without the C library")

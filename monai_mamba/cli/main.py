@@ -18,6 +18,7 @@ import typer
 
 from monai_mamba import __version__
 from monai_mamba.cli import (
+    bundle,
     convert_weights,
     doctor,
     evaluate,
@@ -56,6 +57,7 @@ app.command("explain")(explain.explain)
 app.command("robustness")(explain.robustness)
 app.command("export")(export.export)
 app.add_typer(nnunet.app, name="nnunet")
+app.add_typer(bundle.app, name="bundle")
 
 
 def _print_version(value: bool) -> None:
