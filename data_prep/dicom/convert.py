@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -364,10 +366,13 @@ def run_dcm2niix(paths: list[Path], folder: Path, timeout: float = CONVERTER_TIM
     except ImportError as error:
         raise CaseError("no-converter", "dcm2niix is not installed") from error
     source, target = folder / "in", folder / "converted"
-    source.mkdir()
     target.mkdir()
-    for number, path in enumerate(paths):
-        (source / f"{number:06d}.dcm").symlink_to(path.resolve())
+    if is_whole_folder(paths):
+        source = paths[0].parent.absolute()
+    else:
+        source.mkdir()
+        for number, path in enumerate(paths):
+            (source / f"{number:06d}.dcm").symlink_to(path.resolve())
     command = [binary, "-b", "n", "-z", "n", "-f", "v", "-w", "1", "-m", "y", "-o", str(target), str(source)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=timeout, check=False)
@@ -382,6 +387,15 @@ def run_dcm2niix(paths: list[Path], folder: Path, timeout: float = CONVERTER_TIM
             if "warning" in line and word in line:
                 raise CaseError("converter-warned", f"dcm2niix warned: {word}")
     return sorted(path for path in target.glob("*.nii") if "_Tilt" not in path.name and "_Eq" not in path.name)
+
+
+def is_whole_folder(paths: Sequence[Path]) -> bool:
+    """Whether files are all that their folder holds, so that a program can be given the folder in their place."""
+    folder = paths[0].parent
+    try:
+        return {str(path) for path in paths} == {entry.path for entry in os.scandir(folder)}
+    except OSError:
+        return False
 
 
 def difference_to_dcm2niix(job: Job, data: np.ndarray, affine: np.ndarray) -> str:

@@ -20,6 +20,7 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from data_prep.dicom.skim import skim
 from data_prep.errors import CaseError, DicomReadError
 from data_prep.operations import Job, Operation, Outcome
 
@@ -33,6 +34,8 @@ FACTS_VERSION = "dicom-2"
 MAX_FRAMES = 100_000
 _MAX_PIXELS = 1 << 31
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
+#: most headers of single images end within this
+_HEAD_BYTES = 1 << 16
 
 _TAGS = [
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID", "PatientName",
@@ -61,6 +64,11 @@ _VIEWS = frozenset("AP PA LL RL LATERAL LAT CC MLO ML LM XCCL XCCM LPO RPO LAO R
 _tag = functools.cache(Tag)
 
 
+@functools.cache
+def _numbers_of(names: tuple[str, ...]) -> frozenset[int]:
+    return frozenset(int(Tag(name)) for name in names)
+
+
 def _check_inflated_size(path: os.PathLike[str] | str, file: BinaryIO) -> None:
     """Refuse a deflated file that is a bomb; pydicom unpacks it whole before it looks at anything."""
     limit = 20 * os.stat(path).st_size + (64 << 20)
@@ -85,16 +93,18 @@ def read_dataset(path: os.PathLike[str] | str, *, pixels: bool = False, tags: Se
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            wanted = None if tags is None else [_tag(name) for name in tags]
+            wanted = None if tags is None else _numbers_of(tuple(tags))
             with open(path, "rb") as file:
-                head = file.read(1024)
-                file.seek(0)
-                if _DEFLATED in head:
+                head = file.read(-1 if pixels else _HEAD_BYTES)
+                if _DEFLATED in head[:1024]:
+                    file.seek(0)
                     _check_inflated_size(path, file)
-                # Parsing from memory is faster, and with pixels the whole file is read anyway.
-                source = io.BytesIO(file.read()) if pixels else file
+                short = None if wanted is None else skim(head, wanted, pixels=pixels)
+                file.seek(0)
+                source = io.BytesIO(short or head) if pixels or short else file
                 is_bare = head[128:132] != b"DICM" and _starts_like_a_data_set(head)
-                dataset = pydicom.dcmread(source, stop_before_pixels=not pixels, specific_tags=wanted, force=is_bare)
+                rest = None if short or wanted is None else [Tag(number) for number in wanted]
+                dataset = pydicom.dcmread(source, stop_before_pixels=not pixels, specific_tags=rest, force=is_bare)
             if "TransferSyntaxUID" not in dataset.file_meta:
                 # Written without preamble and meta information, as before 1993; the decoder needs the syntax.
                 is_implicit, is_little = dataset.original_encoding
