@@ -35,6 +35,8 @@ CONVERTER_TIMEOUT = 600.0
 _MAX_VOLUME_BYTES = 16 << 30
 #: bytes that all copies of a voxel may take; straightening uneven slices takes most, at several times their number
 _MEMORY_PER_VOXEL = 96
+#: part by which the step of a mosaic may differ from that of its protocol
+_MOSAIC_STEP = 0.01
 _DOUBTS = (
     "gantry tilt",
     "interslice distance varies",
@@ -57,6 +59,11 @@ _TAGS = [
     "TriggerTime", "DiffusionBValue", "PixelData", "FloatPixelData", "DoubleFloatPixelData", "ExtendedOffsetTable",
     "ExtendedOffsetTableLengths", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
+
+
+#: what stored values are read by
+_MEANING = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation", "PhotometricInterpretation",
+            "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence")  # fmt: skip
 
 
 @operation(version=2)
@@ -133,6 +140,12 @@ def _unfold(job: Job) -> Outcome:
     between = dataset.get("SpacingBetweenSlices")
     if between is None or not float(between) > 0:
         raise DicomReadError("no-position", "a mosaic without SpacingBetweenSlices")
+    planned = protocol_step(dataset)
+    if planned is not None and not abs(planned - float(between)) <= _MOSAIC_STEP * planned:
+        raise DicomReadError(
+            "bad-geometry",
+            f"SpacingBetweenSlices is {float(between):g} mm, the protocol's slices are {planned:.4g} apart",
+        )
     row, column = orientation[:3] * spacing[1], orientation[3:] * spacing[0]
     corner = position + row * (int(dataset.Columns) - columns) / 2 + column * (int(dataset.Rows) - rows) / 2
     normal = np.cross(orientation[:3], orientation[3:]) * float(between)
@@ -185,6 +198,21 @@ def mosaic_count(dataset: Any) -> int:
     return count
 
 
+def protocol_step(dataset: Any) -> float | None:
+    """Distance in mm between the first two slices of the Siemens protocol, where a mosaic carries it."""
+    csa = dataset.get((0x0029, 0x1020))
+    if csa is None or not isinstance(csa.value, bytes):
+        return None
+    places = np.zeros((2, 3))
+    found = re.findall(
+        rb"sSliceArray\.asSlice\[([01])\]\.sPosition\.d(Sag|Cor|Tra)[ \t]*=[ \t]*(-?\d+\.?\d*(?:e[-+]?\d+)?)", csa.value
+    )
+    for number, axis, value in found:
+        places[int(number), [b"Sag", b"Cor", b"Tra"].index(axis)] = float(value)
+    step = float(np.linalg.norm(places[1] - places[0]))
+    return step if {number for number, _, _ in found} == {b"0", b"1"} and step > 0 else None
+
+
 class SliceReader:
     """Decodes slices one at a time, as float or integer values after the modality rescale.
 
@@ -229,17 +257,27 @@ class SliceReader:
             return pixels[frame]
         return pixels
 
+    def _rescale_item(self, number: int) -> Any:
+        """The data set, or the item of a frame's functional groups, that holds the rescale of a slice."""
+        dataset, frame = self.dataset(number), self.slices[number][1]
+        per_frame = dataset.get("PerFrameFunctionalGroupsSequence")
+        if not per_frame:
+            return dataset
+        shared = dataset.get("SharedFunctionalGroupsSequence")
+        found = per_frame[frame].get("PixelValueTransformationSequence")
+        if not found and shared:
+            found = shared[0].get("PixelValueTransformationSequence")
+        return found[0] if found else dataset
+
+    def has_rescale(self, number: int) -> bool:
+        """Whether a header says what the stored values of a slice mean."""
+        item = self._rescale_item(number)
+        names = ("RescaleSlope", "RescaleIntercept")
+        return "ModalityLUTSequence" in item or any(plain(item, name) not in (None, "") for name in names)
+
     def rescale(self, number: int) -> tuple[float, float]:
         """Slope and intercept of a slice; of its frame in enhanced objects."""
-        dataset, frame = self.dataset(number), self.slices[number][1]
-        item: Any = dataset
-        per_frame = dataset.get("PerFrameFunctionalGroupsSequence")
-        if per_frame:
-            shared = dataset.get("SharedFunctionalGroupsSequence")
-            found = per_frame[frame].get("PixelValueTransformationSequence")
-            if not found and shared:
-                found = shared[0].get("PixelValueTransformationSequence")
-            item = found[0] if found else dataset
+        item = self._rescale_item(number)
         slope, intercept = plain(item, "RescaleSlope"), plain(item, "RescaleIntercept")
         try:
             values = (float(1 if slope in (None, "") else slope), float(0 if intercept in (None, "") else intercept))
@@ -285,8 +323,11 @@ def read_slices(
     """
     data = np.empty(shape, dtype=np.int16, order="F")
     is_padding = None
+    has_rescale = shape[2] > 0 and reader.has_rescale(0)
     for number in range(shape[2]):
         check_position(reader, number, affine, shape, positions[number], repair)
+        if reader.has_rescale(number) != has_rescale:
+            raise DicomReadError("bad-rescale", "some slices have RescaleSlope and RescaleIntercept, others have not")
         plane = reader.values(number)
         if plane.shape != (shape[1], shape[0]):
             raise DicomReadError("size-differs", "a decoded slice has another size than the header says")
@@ -550,11 +591,14 @@ def prove_file(path: Path, affine: np.ndarray, shape: tuple[int, ...]) -> Grid:
 def same_pixel_data(first: Path, second: Path) -> bool:
     """Whether two files hold the same pixels, encoded in the same way or not."""
     try:
-        one, two = read_dataset(first, pixels=True), read_dataset(second, pixels=True)
-        if one.PixelData == two.PixelData:
+        one, two = (read_dataset(path, pixels=True, tags=_TAGS) for path in (first, second))
+        # The same stored values mean something else with another rescale.
+        if any(plain(one, name) != plain(two, name) for name in _MEANING):
+            return False
+        syntaxes = {str(each.file_meta.TransferSyntaxUID) for each in (one, two)}
+        if len(syntaxes) == 1 and one.PixelData == two.PixelData:
             return True
         # This runs in the parent process, so no decoder in C that a damaged stream could bring down.
-        syntaxes = {str(each.file_meta.TransferSyntaxUID) for each in (one, two)}
         if len(syntaxes) == 1 or syntaxes - UNCOMPRESSED - {RLELossless}:
             return False
         return np.array_equal(decode(one), decode(two))

@@ -21,6 +21,7 @@ from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from data_prep.dicom.skim import skim
+from data_prep.dicom.views import view_facts
 from data_prep.errors import CaseError, DicomReadError
 from data_prep.operations import Job, Operation, Outcome
 
@@ -29,7 +30,7 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
 
 #: part of the cache key: raise it when `read_facts` changes
-FACTS_VERSION = "dicom-2"
+FACTS_VERSION = "dicom-3"
 #: a header larger than this is not one of an image
 MAX_FRAMES = 100_000
 _MAX_PIXELS = 1 << 31
@@ -45,12 +46,15 @@ _TAGS = [
     "TriggerTime", "DiffusionBValue", "InstanceNumber", "BurnedInAnnotation", "ViewPosition", "ImageLaterality",
     "Laterality", "BodyPartExamined", "PixelPaddingValue", "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence", "ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence",
+    "ConvolutionKernel", "GantryDetectorTilt", "PixelAspectRatio", "PatientOrientation", "ViewCodeSequence",
+    "SegmentationType",
 ]  # fmt: skip
 #: words of ImageType that decide something; all others could be free text
 _WORDS = frozenset(
     "ORIGINAL DERIVED PRIMARY SECONDARY LOCALIZER SCOUT MOSAIC MPR MIP MINIP PROJECTION REFORMATTED M P R I "
     "MAGNITUDE PHASE REAL IMAGINARY AXIAL SUBTRACTION ADC FA TRACEW CSA SCREEN".split()
 ) | {"PROJECTION IMAGE", "MIN IP", "SCREEN SAVE", "CSA MPR", "CSA MIP"}
+PROJECTION_MODALITIES = frozenset({"CR", "DX", "MG", "RG", "PX", "IO", "XA", "RF"})
 #: SOP classes that are images for sure: CT, MR, PET, NM, CR, DX, MG, XA, RF, secondary capture; their enhanced kinds
 IMAGE_CLASSES = frozenset(
     "1.2.840.10008.5.1.4.1.1." + end
@@ -58,7 +62,6 @@ IMAGE_CLASSES = frozenset(
         "1 1.1 1.1.1 1.2 1.2.1 1.3 1.3.1 2 2.1 2.2 4 4.1 4.3 4.4 7 7.1 7.2 7.3 7.4 12.1 12.2 20 128 128.1 130".split()
     )
 )
-_VIEWS = frozenset("AP PA LL RL LATERAL LAT CC MLO ML LM XCCL XCCM LPO RPO LAO RAO".split())
 
 
 _tag = functools.cache(Tag)
@@ -207,7 +210,7 @@ def _facts(dataset: Dataset) -> dict[str, Any]:
         return facts
     image_type = plain(dataset, "ImageType") or []
     photometric = plain(dataset, "PhotometricInterpretation")
-    sides = [_code(plain(dataset, name)) for name in ("ImageLaterality", "Laterality")]
+    kernel = plain(dataset, "ConvolutionKernel")
     words = {str(word).strip().upper() for word in ([image_type] if isinstance(image_type, str) else image_type)}
     facts |= {
         "words": sorted(words & _WORDS),
@@ -217,8 +220,11 @@ def _facts(dataset: Dataset) -> dict[str, Any]:
         "frames": int(plain(dataset, "NumberOfFrames") or 1),
         "photometric": _code(photometric) or ("UNKNOWN" if photometric else ""),
         "acquisition": _number(plain(dataset, "AcquisitionNumber")),
-        "view": next((v for v in [_code(plain(dataset, "ViewPosition"))] if v in _VIEWS), ""),
-        "laterality": next((v for v in sides if v in ("L", "R")), ""),
+        "kernel": hash_uid("\\".join(kernel) if isinstance(kernel, list) else kernel),
+        "tilt": _number(plain(dataset, "GantryDetectorTilt")),
+        "aspect": _numbers(plain(dataset, "PixelAspectRatio"), 2),
+        "segmentation": _code(plain(dataset, "SegmentationType")),
+        **(view_facts(dataset) if modality in PROJECTION_MODALITIES else {}),
         "slices": [],
     }
     if not 0 < facts["rows"] * facts["columns"] * facts["samples"] <= _MAX_PIXELS or facts["rows"] < 1:

@@ -33,6 +33,7 @@ def projection(job: Job) -> Outcome:
         window: number of the VOI LUT or window, from 0; -1 for none (the full range of values).
         max_side: shrink so that the longer side has at most this many pixels.
         crop_breast: cut to the breast (see `breast_box`).
+        notes: of the plan.
     """
     dataset = read_dataset(job.inputs[0], pixels=True)
     with bounded(job.inputs, _MEMORY_PER_PIXEL * int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0)):
@@ -41,6 +42,7 @@ def projection(job: Job) -> Outcome:
 
 def _make_png(job: Job, dataset: Any) -> Outcome:
     pixels, notes = render(dataset, int(job.params.get("window", 0)))
+    notes = [*job.params.get("notes", []), *notes]
     if job.params.get("crop_breast"):
         top, bottom, left, right = breast_box(pixels)
         notes.append(f"cropped to rows {top}-{bottom} and columns {left}-{right}")

@@ -6,6 +6,8 @@ A stack is accepted only when every slice lies within the tolerance of its place
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,16 +15,25 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.dicom.headers import PROJECTION_MODALITIES
 from data_prep.errors import DicomReadError
 from data_prep.geometry import TOLERANCE_MM, lps_to_ras
 
 VOLUME_MODALITIES = frozenset({"CT", "MR", "PT", "NM"})
-PROJECTION_MODALITIES = frozenset({"CR", "DX", "MG", "RG", "PX", "IO", "XA", "RF"})
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 #: direction cosines of one stack agree to this, and have this length and right angle
 _COSINE_TOLERANCE = 1e-4
 #: a stack whose slices move sideways by more than this angle is a sheared grid, which ITK does not accept in a file
 _TILT_DEGREES = 0.003
+_SPACING_TOLERANCE_MM = 2e-5
+#: a gantry that is tilted by more than this is worth a word
+_TILT_TAG_DEGREES = 0.5
+#: what tells images at one place apart
+_TIME_KEYS: tuple[Callable[[Slice], float | None], ...] = (
+    lambda one: one.plane["temporal"],
+    lambda one: one.plane["trigger"],
+    lambda one: one.facts["acquisition"],
+)
 #: how far a slice may lie beside the straight row of a tilted or uneven stack that is to be resampled
 _BEND_MM = 0.1
 
@@ -72,7 +83,8 @@ class Policy:
     Args:
         tilt: ``error`` or ``resample``.
         uneven: ``error``, ``resample`` or ``largest-block``.
-        time: ``error``, or ``first`` to take the first of several time points.
+        time: ``error``; ``first`` to take the first of several time points; ``merge`` to take slices of several
+            acquisitions that alternate as one volume.
         min_slices: smaller stacks are skipped.
         tolerance_mm: how far a slice may lie from its place on the grid.
     """
@@ -107,38 +119,39 @@ def is_projection(facts: dict[str, Any]) -> bool:
 
 
 def split_series(slices: Sequence[Slice]) -> list[list[Slice]]:
-    """Split one series into what may each be a stack: size, spacing, orientation, and physical contrast.
+    """Split one series into what may each be a stack: size, kind of object, and physical contrast.
 
-    Echo time, b-value and magnitude or phase are properties of an image, so slices that differ in them never make one
-    volume. AcquisitionNumber is not: step-and-shoot CT counts it up inside a volume.
+    Echo time, b-value, kernel and magnitude or phase are properties of an image, so slices that differ in them never
+    make one volume. AcquisitionNumber is not: step-and-shoot CT counts it up inside a volume. Slices that differ in
+    spacing or orientation alone stay together, and `build_stacks` refuses them.
     """
-    groups: list[tuple[tuple[Any, ...], np.ndarray, list[Slice]]] = []
+    groups: dict[tuple[Any, ...], list[Slice]] = defaultdict(list)
     for one in slices:
-        key, orientation = _stack_key(one), np.array(one.plane["orientation"] or [0.0] * 6)
-        for known, direction, members in groups:
-            if known == key and np.abs(direction - orientation).max() <= _COSINE_TOLERANCE:
-                members.append(one)
-                break
-        else:
-            groups.append((key, orientation, [one]))
-    return [members for _, _, members in groups]
+        groups[_stack_key(one)].append(one)
+    return list(groups.values())
 
 
 def _stack_key(one: Slice) -> tuple[Any, ...]:
     facts, plane = one.facts, one.plane
     part = tuple(sorted(set(facts["words"]) & {"M", "P", "R", "I", "MAGNITUDE", "PHASE", "REAL", "IMAGINARY"}))
-    spacing = tuple(round(value, 5) for value in plane["spacing"] or ())
     echo = None if plane["echo"] is None else round(plane["echo"], 2)
     return (
         facts["rows"],
         facts["columns"],
-        spacing,
         (*part, plane["part"]),
         echo,
         plane["b"],
         facts["modality"],
+        facts["sop_class"],
+        facts["photometric"],
+        facts["kernel"],
         "MOSAIC" in facts["words"],
     )
+
+
+def is_secondary_capture(facts: dict[str, Any]) -> bool:
+    """Whether an image is a copy of a screen or of another image by its class."""
+    return str(facts["sop_class"]).startswith(_SECONDARY_CAPTURE)
 
 
 def num_orientations(slices: Sequence[Slice]) -> int:
@@ -151,20 +164,6 @@ def num_orientations(slices: Sequence[Slice]) -> int:
             if not any(abs(float(normal @ other)) > np.cos(np.radians(1.0)) for other in normals):
                 normals.append(normal)
     return len(normals)
-
-
-def orientations_overlap(groups: Sequence[Sequence[Slice]]) -> bool:
-    """Whether groups of `split_series` that differ in nothing but orientation lie among each other."""
-    for number, one in enumerate(groups):
-        for other in groups[:number]:
-            first, second = one[0].plane, other[0].plane
-            if _stack_key(one[0]) != _stack_key(other[0]) or not (first["orientation"] and second["orientation"]):
-                continue
-            normal = np.cross(first["orientation"][:3], first["orientation"][3:])
-            spans = [[float(a.position @ normal) for a in group if a.plane["position"]] for group in (one, other)]
-            if all(spans) and min(spans[0]) < max(spans[1]) and min(spans[1]) < max(spans[0]):
-                return True
-    return False
 
 
 def build_stacks(slices: Sequence[Slice], policy: Policy, same_pixels: Callable[[Slice, Slice], bool]) -> list[Stack]:
@@ -184,6 +183,7 @@ def build_stacks(slices: Sequence[Slice], policy: Policy, same_pixels: Callable[
     """
     for one in slices:
         _check_plane(one)
+    _check_agreement(slices)
     for what, name in (("frame_of_reference", "frames of reference"), ("patient", "patients")):
         number = len({one.facts[what] for one in slices})
         if number > 1:
@@ -191,14 +191,34 @@ def build_stacks(slices: Sequence[Slice], policy: Policy, same_pixels: Callable[
     ordered, dropped = _drop_copies(sorted(slices, key=_order), policy.tolerance_mm, same_pixels)
     parts = _separate_overlaps(ordered, policy.tolerance_mm)
     if len(parts) > 1:
-        if policy.time == "error":
+        if policy.time != "first":
             raise DicomReadError(
                 "time-points",
                 f"{len(parts)} images at every position (time points or phases); take one with --time first",
             )
         note = f"time point 1 of {len(parts)} was taken"
         return [_build(parts[0], policy, dropped, (note,))]
+    alternating = _separate_alternating(ordered)
+    if len(alternating) > 1 and policy.time == "error":
+        raise DicomReadError(
+            "time-points",
+            f"slices of {len(alternating)} time points or acquisitions lie among each other; take the first with "
+            "--time first, or all as one volume with --time merge",
+        )
+    if len(alternating) > 1 and policy.time == "first":
+        note = f"acquisition 1 of {len(alternating)} was taken"
+        return [_build(alternating[0], policy, dropped, (note,))]
     return [_build(ordered, policy, dropped, ())]
+
+
+def _check_agreement(slices: Sequence[Slice]) -> None:
+    """All slices of a group must have one spacing and one orientation."""
+    first = slices[0].plane
+    for one in slices:
+        if np.abs(np.subtract(one.plane["spacing"], first["spacing"])).max() > _SPACING_TOLERANCE_MM:
+            raise DicomReadError("mixed-spacings", "slices of one series differ in their pixel spacing")
+        if np.abs(np.subtract(one.plane["orientation"], first["orientation"])).max() > _COSINE_TOLERANCE:
+            raise DicomReadError("mixed-orientations", "slices of one series differ in their orientation")
 
 
 def _order(one: Slice) -> tuple[Any, ...]:
@@ -210,7 +230,7 @@ def _order(one: Slice) -> tuple[Any, ...]:
 
 def _when(one: Slice) -> tuple[float, ...]:
     """What tells images at one place apart: time point, trigger time, acquisition; -1 when unknown."""
-    values = one.plane["temporal"], one.plane["trigger"], one.facts["acquisition"]
+    values = (key(one) for key in _TIME_KEYS)
     return tuple(-1.0 if value is None else value for value in values)
 
 
@@ -228,6 +248,12 @@ def _check_plane(one: Slice) -> None:
         raise DicomReadError("bad-geometry", "the direction cosines of a slice are no unit vectors at a right angle")
     if min(plane["spacing"]) <= 1e-3 or max(plane["spacing"]) > 1e3:
         raise DicomReadError("bad-geometry", "the pixel spacing of a slice is zero or absurd")
+    ratio = one.facts["aspect"]
+    # 1:1 is written by habit; any other ratio is a statement.
+    if ratio and ratio[0] != ratio[1]:
+        said = ratio[0] / ratio[1] if ratio[1] else math.inf
+        if not abs(plane["spacing"][0] / plane["spacing"][1] - said) <= 0.01 * said:
+            raise DicomReadError("bad-geometry", "PixelSpacing and PixelAspectRatio of a slice contradict each other")
     if np.abs(one.position).max() > 1e5:
         raise DicomReadError("bad-geometry", "the position of a slice is absurd")
 
@@ -259,12 +285,7 @@ def _separate_overlaps(ordered: Sequence[Slice], tolerance_mm: float) -> list[li
         return [list(ordered)]
     if len(positions) == 1:
         raise DicomReadError("same-position", f"{len(ordered)} different slices lie at one position; not a volume")
-    keys: list[Callable[[Slice], Any]] = [
-        lambda one: one.plane["temporal"],
-        lambda one: one.plane["trigger"],
-        lambda one: one.facts["acquisition"],
-    ]
-    for key in keys:
+    for key in _TIME_KEYS:
         parts: dict[Any, list[int]] = defaultdict(list)
         for number, one in enumerate(ordered):
             parts[key(one)].append(number)
@@ -274,6 +295,22 @@ def _separate_overlaps(ordered: Sequence[Slice], tolerance_mm: float) -> list[li
     raise DicomReadError(
         "same-position", f"{len(ordered)} different slices lie at {len(positions)} positions; nothing tells them apart"
     )
+
+
+def _separate_alternating(ordered: Sequence[Slice]) -> list[list[Slice]]:
+    """Slices by time point or acquisition, where such sets of slices lie among each other at different positions.
+
+    Sets that follow each other along the stack are the steps of one scan, and so are single slices.
+    """
+    for key in _TIME_KEYS:
+        places: dict[Any, list[int]] = defaultdict(list)
+        for number, one in enumerate(ordered):
+            places[key(one)].append(number)
+        spans = sorted((members[0], members[-1]) for members in places.values() if len(members) > 1)
+        if any(start < stop for (_, stop), (start, _) in itertools.pairwise(spans)):
+            known = sorted(places, key=lambda value: (value is None, value))
+            return [[ordered[number] for number in places[value]] for value in known]
+    return [list(ordered)]
 
 
 def _build(slices: list[Slice], policy: Policy, dropped: tuple[Slice, ...], notes: tuple[str, ...]) -> Stack:
@@ -303,7 +340,7 @@ def _build(slices: list[Slice], policy: Policy, dropped: tuple[Slice, ...], note
         repair = "uneven"
     upright = _upright_affine(slices, positions) if not repair else None
     if upright is not None and _corner_error(slices, upright) <= min(policy.tolerance_mm, TOLERANCE_MM):
-        return Stack(tuple(slices), lps_to_ras(upright), "", notes, dropped)
+        return Stack(tuple(slices), lps_to_ras(upright), "", (*notes, *_tilt_note(slices[0], normal)), dropped)
     # Repairs interpolate between neighbors, so the slices must stand in one straight row, tilted or not.
     along = (heights - heights[0]) / max(heights[-1] - heights[0], 1e-9)
     bend = float(np.linalg.norm(positions - positions[0] - np.outer(along, positions[-1] - positions[0]), axis=1).max())
@@ -316,6 +353,14 @@ def _build(slices: list[Slice], policy: Policy, dropped: tuple[Slice, ...], note
     elif not repair and deviation.max() > policy.tolerance_mm:
         raise DicomReadError("uneven-positions", f"slices lie up to {deviation.max():.3g} mm from a straight, even row")
     return Stack(tuple(slices), make_affine(slices[0].plane, positions[0], step), repair, notes, dropped)
+
+
+def _tilt_note(one: Slice, normal: np.ndarray) -> tuple[str, ...]:
+    """A remark where GantryDetectorTilt speaks of a tilt of which orientation and positions know nothing."""
+    tilt = one.facts["tilt"]
+    if tilt is None or abs(tilt) <= _TILT_TAG_DEGREES or abs(float(normal[2])) < 1 - 1e-6:
+        return ()
+    return (f"GantryDetectorTilt is {tilt:g}, but orientation and positions are upright; the latter were taken",)
 
 
 def _upright_affine(slices: Sequence[Slice], positions: np.ndarray) -> np.ndarray:

@@ -21,8 +21,8 @@ from data_prep.dicom.stacks import (
     Stack,
     build_stacks,
     is_projection,
+    is_secondary_capture,
     num_orientations,
-    orientations_overlap,
     refusal,
     split_series,
 )
@@ -49,6 +49,11 @@ class _Volume:
     patient: str
     study: str
     dropped: tuple[str, ...]
+
+    @property
+    def frame(self) -> str:
+        """Hash of the frame of reference; millimeters of two frames cannot be compared."""
+        return str(self.stack.slices[0].facts["frame_of_reference"])
 
     @property
     def inputs(self) -> list[Ref]:
@@ -83,8 +88,19 @@ class Dicom(IntensityOptions, Source):
         typer.Option(help="Missing slices or uneven steps: refuse, resample, or keep the largest even part."),
     ] = "error"
     time: Annotated[
-        Literal["error", "first"], typer.Option(help="Several time points at one position: refuse, or take the first.")
+        Literal["error", "first", "merge"],
+        typer.Option(
+            help="Several time points or acquisitions: refuse, take the first, or merge those whose slices alternate."
+        ),
     ] = "error"
+    other_frames: Annotated[
+        bool,
+        typer.Option("--other-frames", help="Take channels whose frames of reference differ; they are registered."),
+    ] = False
+    fraction: Annotated[
+        float,
+        typer.Option(help="Fractional segments: part from which a voxel belongs to one; 0 refuses them.", min=0, max=1),
+    ] = 0.0
     regrid: Annotated[
         bool, typer.Option("--regrid", help="Resample further channels onto the grid of the first (recorded).")
     ] = False
@@ -144,19 +160,23 @@ class Dicom(IntensityOptions, Source):
     # --- projections ---------------------------------------------------------------------------------------------
 
     def _plan_projections(self, images: dict[tuple[str, str], list[tuple[str, Any]]], book: Book) -> Description:
+        contradicting = 0
         for members in images.values():
             for path, facts in members:
                 if facts["modality"] in VOLUME_MODALITIES:
                     book.skip(path, "slice-of-volume", "use --kind volumes")
-                elif facts["sop_class"].startswith("1.2.840.10008.5.1.4.1.1.7") and not self.secondary_capture:
+                elif is_secondary_capture(facts) and not self.secondary_capture:
                     book.skip(path, "secondary-capture", "taken with --secondary-capture")
                 elif not is_projection(facts):
                     book.skip(path, "other-modality", facts["modality"] or "unknown")
                 elif facts["frames"] != 1:
                     book.skip(path, "several-frames", f"{facts['frames']} frames")
                 else:
+                    notes = [f"{what} left out: the header contradicts itself" for what in facts["contradictions"]]
+                    contradicting += bool(notes)
                     params = {"window": self.window, "max_side": self.max_side, "crop_breast": self.crop_breast}
-                    meta = {"modality": facts["modality"], "view": facts["view"], "laterality": facts["laterality"]}
+                    meta = {name: facts[name] for name in ("modality", "view", "laterality")}
+                    meta["view_modifiers"] = " ".join(facts["view_modifiers"])
                     key = facts["sop"] or headers.hash_uid(path)
                     if key in book.cases:
                         book.skip(path, "duplicate", "the same image is there twice")
@@ -165,11 +185,13 @@ class Dicom(IntensityOptions, Source):
                         Case(
                             key=key,
                             group=facts["patient"] or facts["study"] or key,
-                            images=(Make("dicom.projection:projection", (path,), params),),
+                            images=(Make("dicom.projection:projection", (path,), params | {"notes": notes}),),
                             meta=meta,
                             same_grid=False,
                         )
                     )
+        if contradicting:
+            book.note(f"{contradicting} images: view or side is left empty, because the header says two things")
         return Description("Projections", "images", ("xray",), file_ending=".png")
 
     # --- volumes -------------------------------------------------------------------------------------------------
@@ -201,10 +223,15 @@ class Dicom(IntensityOptions, Source):
     ) -> list[_Volume]:
         slices: list[Slice] = []
         first = min(path for path, _ in members)
+        is_mixed = not all(is_secondary_capture(facts) for _, facts in members)
         for path, facts in sorted(members, key=lambda member: member[0]):
             if facts["modality"] not in VOLUME_MODALITIES:
                 book.skip(path, "projection" if is_projection(facts) else "other-modality", "use --kind projections"
                           if is_projection(facts) else facts["modality"] or "unknown")  # fmt: skip
+                continue
+            if is_secondary_capture(facts) and (is_mixed or not all(one["position"] for one in facts["slices"])):
+                # A copy of a screen may have been given the place of the slice it shows.
+                book.skip(path, "secondary-capture", "among slices, or without a position")
                 continue
             if len(facts["slices"]) != facts["frames"]:
                 book.fail(path, "frames-without-position", f"{facts['frames']} frames, and no position for each")
@@ -219,13 +246,6 @@ class Dicom(IntensityOptions, Source):
                 book.skip([ref, *paths], "localizer", f"{num_orientations(slices)} orientations in one series")
             else:
                 book.fail([ref, *paths], "mixed-orientations", f"{num_orientations(slices)} orientations in one series")
-            return []
-        if orientations_overlap(groups):
-            book.fail(
-                [Ref(first, "series", "1"), *sorted({one.path for one in slices})],
-                "mixed-orientations",
-                "slices that lie among each other differ in orientation",
-            )
             return []
         volumes = []
         for number, group in enumerate(groups, 1):
@@ -272,7 +292,7 @@ class Dicom(IntensityOptions, Source):
         return _Volume(series, number, stack, make, ref, patient, facts["study"], dropped)
 
     def _plan_mosaic(self, series: tuple[str, str], number: int, group: list[Slice], ref: Ref) -> _Volume:
-        if len(group) > 1 and self.time == "error":
+        if len(group) > 1 and self.time != "first":
             raise DicomReadError("time-points", f"{len(group)} mosaics, one per time point; take one with --time first")
         ordered = sorted(group, key=lambda one: (one.facts["acquisition"] or 0.0, one.facts["sop"], one.path))
         notes = [f"time point 1 of {len(group)} was taken"] if len(group) > 1 else []
@@ -312,6 +332,11 @@ class Dicom(IntensityOptions, Source):
                 detail = f"{len(hosts)} volumes of the input fit the label object's reference"
                 book.fail(path, "missing-image" if not hosts else "ambiguous-image", detail)
                 continue
+            if facts.get("segmentation") == "FRACTIONAL" and not self.fraction:
+                book.fail(
+                    path, "fractional-segments", "how much of a voxel makes it a part is yours to say: --fraction"
+                )
+                continue
             if volumes[hosts[0]].stack.repair:
                 book.fail(path, "image-resampled", "the image of this label object had to be resampled")
                 continue
@@ -326,6 +351,10 @@ class Dicom(IntensityOptions, Source):
                 continue
             known.update(names)
             found[hosts[0]].append((path, facts["modality"], names))
+        if known and not chosen:
+            book.note(
+                f"{len(known)} label names come from the label objects; look at them before sharing, or use --label"
+            )
         return found, (list(dict.fromkeys(chosen)) if chosen else sorted(known))
 
     def _label_make(self, path: str, modality: str, volume: _Volume, names: list[str]) -> Make:
@@ -335,6 +364,8 @@ class Dicom(IntensityOptions, Source):
             "shape": list(volume.stack.shape),
             "values": [[name, value] for value, name in enumerate(names, 1)],
             "overlap": self.overlap,
+            "fraction": self.fraction,
+            "frame": volume.frame,
         }
         return Make(f"dicom.labels:{function}", (path,), params)
 
@@ -409,6 +440,13 @@ class Dicom(IntensityOptions, Source):
         grid = Grid(first.stack.shape, first.stack.affine)
         for one in members:
             params = dict(one.make.params)
+            if one.frame and first.frame and one.frame != first.frame and not self.other_frames:
+                book.fail(
+                    [ref for volume in members for ref in volume.inputs],
+                    "mixed-frames-of-reference",
+                    "channels have different ones; if they are registered all the same, see --other-frames",
+                )
+                return
             problem = grid_difference(grid, Grid(one.stack.shape, one.stack.affine))
             if problem and self.regrid and not first.stack.repair:
                 params["onto"] = {"affine": first.stack.affine.tolist(), "shape": list(first.stack.shape)}

@@ -115,6 +115,27 @@ def oracle_distance(path: Path, datasets: Sequence[FileDataset]) -> float:
     return worst
 
 
+def make_structure_set(affine: np.ndarray, squares: Sequence[tuple[float, float, float]]) -> pydicom.Dataset:
+    """RTSTRUCT of one region, drawn as squares (slice, first, last) in voxels of a RAS+ affine."""
+    dataset, roi, drawn = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+    roi.ROINumber, roi.ROIName = 1, "Organ"
+    drawn.ReferencedROINumber, drawn.ContourSequence = 1, []
+    for number, first, last in squares:
+        contour = pydicom.Dataset()
+        contour.ContourGeometricType = "CLOSED_PLANAR"
+        corners = [(first, first), (last, first), (last, last), (first, last)]
+        points = [(affine @ [x, y, number, 1])[:3] * [-1, -1, 1] for x, y in corners]
+        contour.ContourData = [f"{value:.6f}" for point in points for value in point]
+        drawn.ContourSequence.append(contour)
+    dataset.StructureSetROISequence, dataset.ROIContourSequence = [roi], [drawn]
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.481.3", uid("rt")
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    return dataset
+
+
 def planes(dataset: pydicom.Dataset) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Of every frame: rescaled pixels, LPS position, ``(2, 3)`` row and column direction, spacing."""
 

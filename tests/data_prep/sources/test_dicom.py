@@ -110,7 +110,7 @@ ATTACKS = {
     "conflicting copies": (_conflicting_copy, "uneven-spacing"),
     "two orientations": (_three_planes, "localizer"),
     "localizer": (_set("ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"]), "localizer"),
-    "spacing differs": (_set("PixelSpacing", [0.7, 0.9], slice(2, 3)), "missing-slice"),
+    "spacing differs": (_set("PixelSpacing", [0.7, 0.9], slice(2, 3)), "mixed-spacings"),
     "turned slice": (
         _set("ImageOrientationPatient", [0.99995, 0.01, 0, -0.01, 0.99995, 0], slice(2, 3)),
         "mixed-orientations",
