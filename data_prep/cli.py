@@ -58,7 +58,9 @@ def _common(
         int | None, typer.Option(help="Number of folds; default 5, or none with fewer than 5 patients.", min=0)
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the folds.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop; nothing is written to --out.")
+    ] = False,
     engine: Annotated[Literal["process", "serial", "dask"], typer.Option(help="Where cases are made.")] = "process",
     workers: Annotated[int, typer.Option(help="Worker processes; 0 takes the number of usable cores.", min=0)] = 0,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, tcp://host:8786.")] = None,
@@ -132,8 +134,10 @@ def convert(
     Returns:
         Exit code 0 or 3.
     """
+    from data_prep.engine.files import printable
     from data_prep.engine.plan import make_plan
     from data_prep.engine.run import RunOptions, make_private, private_folder, run_plan
+    from data_prep.engine.scan import Scanner
     from data_prep.engine.worker import collect_rarely
     from data_prep.identity import Pseudonyms, read_secret
     from data_prep.tree import Tree
@@ -155,21 +159,25 @@ def convert(
     with _unpacked(inputs, None if dry_run else private / f"unpacked-{part[0]}-of-{part[1]}") as folders:
         if list(folders) != list(inputs) and link != "copy":
             raise UsageError(f"--link {link} does not go with an archive, whose files are gone after the run.")
-        tree = Tree(folders, None if dry_run else private / f"index-{part[0]}-of-{part[1]}.sqlite")
+        num_workers = workers or usable_cores()
+        scanner = Scanner(num_workers if engine == "process" else 1)
+        tree = Tree(folders, private / f"index-{part[0]}-of-{part[1]}.sqlite", scanner)
         try:
             plan = make_plan(source, tree, pseudonyms, layout, folds, seed)
         except MonaiMambaError:
             # A refused input leaves nothing behind but facts that took time to read.
-            if is_new and not dry_run and not tree.num_facts:
+            if is_new and not tree.num_facts:
                 shutil.rmtree(private, ignore_errors=True)
             raise
         finally:
             tree.close()
         if dry_run:
-            typer.echo(plan.table(), nl=False)
+            typer.echo(printable(plan.table()), nl=False)
             _tell_plan(plan)
+            if is_new and private.exists():
+                typer.echo(f"note: what was read of the files is kept for the run in {private}", err=True)
             return EXIT_DONE
-        options = RunOptions(engine, workers or usable_cores(), scheduler, part, link, case_timeout, resume)
+        options = RunOptions(engine, num_workers, scheduler, part, link, case_timeout, resume)
         report = run_plan(plan, out, private, options)
     if report is None:
         typer.echo(f"shard {shard} is done; run 'monai-mamba-data merge' when all are.")
@@ -321,7 +329,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MonaiMambaError, OSError) as error:
         if os.environ.get("MONAI_MAMBA_TRACEBACK"):
             raise
-        typer.secho(f"error: {_one_line(error)}", fg=typer.colors.RED, err=True)
+        from data_prep.engine.files import printable
+
+        typer.secho(printable(f"error: {_one_line(error)}"), fg=typer.colors.RED, err=True)
         if isinstance(error, UsageError):
             return EXIT_USAGE
         return EXIT_ACCOUNTING if isinstance(error, AccountingError) else EXIT_FAILED

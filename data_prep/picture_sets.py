@@ -16,6 +16,7 @@ from data_prep.book import Book
 from data_prep.errors import CaseError, UsageError
 from data_prep.identity import fit_name
 from data_prep.model import Case, Json, Make, OfficialSplit, Ref, Source
+from data_prep.options import MaxSide
 from data_prep.splits import partition
 from data_prep.tree import Tree
 
@@ -74,7 +75,7 @@ class PictureSource(Source):
             "Table 2, patients on both sides; folds: no test part; auto: official if there is one, else patient."
         ),
     ] = "auto"
-    max_side: Annotated[int, typer.Option(help="Longer side at most this many pixels; 0 keeps the size.", min=0)] = 0
+    max_side: MaxSide = 0
     mode: Annotated[
         Literal["keep", "L", "RGB"], typer.Option(help="Channels of the result: as they are, grey, or three.")
     ] = "keep"
@@ -153,6 +154,7 @@ class SceneSource(PictureSource):
     ] = 8
 
     def _groups(self, tree: Tree, pictures: Sequence[Picture]) -> dict[str, str]:
+        tree.read_facts([one.path for one in pictures], "picture-near-1", _facts_with_hash)
         hashes = [tree.facts(one.path, "picture-near-1", _facts_with_hash)["near"] for one in pictures]
         numbers = near_groups(hashes, self.near_bits)
         return {one.path: f"scene-{number:05d}" for one, number in zip(pictures, numbers, strict=True)}
@@ -174,6 +176,7 @@ def settle_copies(
         The pictures that are left, in their order.
     """
     copies: dict[str, list[Picture]] = defaultdict(list)
+    tree.read_facts([one.path for one in pictures], "picture-1", _facts)
     for one in pictures:
         copies[digest(tree, one.path)].append(one)
     kept: set[str] = set()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +18,10 @@ from data_prep.model import Json, Ref
 
 #: larger tables than this are not tables of a data set
 MAX_TABLE_BYTES = 1 << 30
+#: seconds to wait for another run that writes to the index
+_LOCK_SECONDS = 2.0
+#: paths, function of a path and further arguments, these -> values in the same order
+ReadMany = Callable[[Sequence[Path], Callable[..., Json], tuple[Json, ...]], Iterable[Json]]
 _JUNK_NAMES = {".ds_store", "thumbs.db", "desktop.ini", ".gitkeep", ".directory"}
 
 
@@ -66,12 +71,15 @@ class Tree:
     Args:
         roots: folders (or single files) to read.
         index: SQLite file that caches header facts between runs; ``None`` keeps nothing.
+        read_many: reads facts of many files, see `data_prep.engine.scan.Scanner`; else they are read one by one.
 
     Raises:
         UsageError: a root does not exist.
     """
 
-    def __init__(self, roots: Sequence[os.PathLike[str] | str], index: Path | None = None) -> None:
+    def __init__(
+        self, roots: Sequence[os.PathLike[str] | str], index: Path | None = None, read_many: ReadMany | None = None
+    ) -> None:
         if not roots:
             raise UsageError("no input folder was given; name at least one.")
         self.roots = [Path(root).absolute() for root in roots]
@@ -86,6 +94,7 @@ class Tree:
         self._stamps = dict(sorted(self._stamps.items()))
         self._tables: dict[str, list[Row]] = {}
         self._cache = FactCache(index)
+        self._read_many = read_many
 
     def _walk(self, root: Path, prefix: str) -> None:
         if root.is_file():
@@ -276,12 +285,29 @@ class Tree:
             for row in self._tables[path]:
                 yield row.ref
 
-    def facts(self, path: str, version: str, read: Callable[[Path], Json]) -> Json:
-        """``read(absolute path)``, kept between runs as long as the file's stamp and `version` stay the same.
+    def facts(self, path: str, version: str, read: Callable[..., Json], *arguments: Json) -> Json:
+        """``read(absolute path, *arguments)``, kept between runs while the file's stamp and `version` stay the same.
 
-        The value must be JSON and hold nothing that identifies a person: it is written to the index.
+        The value must be JSON and hold nothing that identifies a person: it is written to the index. `version` names
+        the arguments, too.
         """
-        return self._cache.get(path, self.stamp(path), version, lambda: read(self.absolute(path)))
+        known = self._cache.get(path, self.stamp(path), version)
+        if known is None:
+            known = [read(self.absolute(path), *arguments)]
+            self._cache.put(path, self.stamp(path), version, known)
+        return known[0]
+
+    def read_facts(self, paths: Sequence[str], version: str, read: Callable[..., Json], *arguments: Json) -> None:
+        """Read the facts of many files that are not known yet: with progress, and by all workers.
+
+        Worth it in front of a loop over `facts`, which does the same one by one.
+        """
+        if self._read_many is None:
+            return
+        missing = [path for path in paths if self._cache.get(path, self.stamp(path), version) is None]
+        values = self._read_many([self.absolute(path) for path in missing], read, arguments) if missing else []
+        for path, value in zip(missing, values, strict=True):
+            self._cache.put(path, self.stamp(path), version, [value])
 
     @property
     def num_facts(self) -> int:
@@ -295,46 +321,98 @@ class Tree:
 
 
 class FactCache:
-    """Header facts by path, stamp and version, in SQLite; a damaged cache is thrown away, not trusted."""
+    """Header facts by path, stamp and version, in SQLite; a damaged cache is thrown away, not trusted.
+
+    The file is made when the first fact is kept. Where it cannot be made or is in use by another run, facts are kept
+    for this run alone.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        self._db: sqlite3.Connection | None = None
         self._pending = 0
         self.num_read = 0
-        try:
-            self._db = self._open()
-        except sqlite3.DatabaseError:
-            assert path is not None
-            path.unlink(missing_ok=True)
-            self._db = self._open()
 
     def _open(self) -> sqlite3.Connection:
+        if self._db is None:
+            try:
+                self._db = self._connect()
+            except (sqlite3.DatabaseError, OSError):
+                self._discard()
+        assert self._db is not None
+        return self._db
+
+    def _connect(self) -> sqlite3.Connection:
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        db = sqlite3.connect(":memory:" if self._path is None else self._path, isolation_level="DEFERRED")
-        db.execute("CREATE TABLE IF NOT EXISTS facts (path TEXT PRIMARY KEY, stamp TEXT, value TEXT)")
+            # Paths of the input stand in it.
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        db = sqlite3.connect(
+            ":memory:" if self._path is None else self._path, isolation_level="DEFERRED", timeout=_LOCK_SECONDS
+        )
+        db.execute("CREATE TABLE IF NOT EXISTS facts (path BLOB PRIMARY KEY, stamp TEXT, value TEXT)")
+        db.execute("SELECT * FROM facts LIMIT 1").fetchone()
         return db
 
-    def get(self, path: str, stamp: Stamp, version: str, read: Callable[[], Json]) -> Json:
-        mark = f"{stamp.size}:{stamp.mtime_ns}:{version}"
-        found = self._db.execute("SELECT stamp, value FROM facts WHERE path = ?", (path,)).fetchone()
-        if found and found[0] == mark:
-            return json.loads(found[1])
-        value = read()
-        self.num_read += 1
-        self.put(path, mark, value)
-        return value
+    def _discard(self) -> None:
+        """Go on with an empty cache, in the place of a damaged file where that is possible."""
+        if self._db is not None:
+            self._db.close()
+        try:
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
+            self._db = self._connect()
+        except (sqlite3.DatabaseError, OSError):
+            self._path = None
+            self._db = self._connect()
 
-    def put(self, path: str, mark: str, value: Json) -> None:
-        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", (path, mark, json.dumps(value)))
+    def get(self, path: str, stamp: Stamp, version: str) -> list[Json] | None:
+        """The fact in a list, or ``None`` when it is not known."""
+        if self._db is None and (self._path is None or not self._path.exists()):
+            return None
+        try:
+            found = self._open().execute("SELECT stamp, value FROM facts WHERE path = ?", (_key(path),)).fetchone()
+            known: list[Json] | None = json.loads(found[1]) if found and found[0] == _mark(stamp, version) else None
+        except sqlite3.OperationalError:  # in use
+            return None
+        except (sqlite3.DatabaseError, ValueError):
+            self._discard()
+            return None
+        return known
+
+    def put(self, path: str, stamp: Stamp, version: str, value: list[Json]) -> None:
+        self.num_read += 1
+        row = _key(path), _mark(stamp, version), json.dumps(value)
+        try:
+            self._open().execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", row)
+        except sqlite3.DatabaseError:  # in use by another run, or the disk is full
+            self._path = None
+            if self._db is not None:
+                self._db.close()
+            self._db = self._connect()
+            self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", row)
         self._pending += 1
         if self._pending >= 5000:
-            self._db.commit()
-            self._pending = 0
+            self._commit()
+
+    def _commit(self) -> None:
+        self._pending = 0
+        if self._db is not None:
+            with contextlib.suppress(sqlite3.DatabaseError):
+                self._db.commit()
 
     def close(self) -> None:
-        self._db.commit()
-        self._db.close()
+        self._commit()
+        if self._db is not None:
+            self._db.close()
+
+
+def _key(path: str) -> bytes:
+    """A name as it is on disk, where it may be no text at all."""
+    return path.encode("utf-8", "surrogateescape")
+
+
+def _mark(stamp: Stamp, version: str) -> str:
+    return f"{stamp.size}:{stamp.mtime_ns}:{version}"
 
 
 def is_junk(path: str) -> bool:

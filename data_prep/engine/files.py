@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_whole(path: Path, text: str | bytes) -> None:
     """Write under a temporary name, flush to disk, rename; an equal file is left alone."""
-    data = text.encode() if isinstance(text, str) else text
+    data = printable(text).encode() if isinstance(text, str) else text
     try:
         if path.stat().st_size == len(data) and path.read_bytes() == data:
             return
     except OSError:
         pass
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with _replacing(path) as file:
+        file.write(data)
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """`write_whole` for text that is too long to be in memory; an equal file is replaced by itself."""
+    with _replacing(path) as file:
+        for line in lines:
+            file.write(f"{printable(line)}\n".encode())
+
+
+def printable(text: str) -> str:
+    """`text` with what is no text written out (``\\udcff``): names of files need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file beside `path` that takes its place when the body has ended well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for line in lines:
-                file.write(line + "\n")
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

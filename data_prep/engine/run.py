@@ -7,9 +7,6 @@ import itertools
 import json
 import os
 import secrets
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ from typing import Any, Literal
 from data_prep.engine.files import remove_leftovers, write_whole
 from data_prep.engine.journal import Journal, read_journals
 from data_prep.engine.plan import Plan, in_shard
+from data_prep.engine.progress import progress
 from data_prep.engine.report import Report, make_report
 from data_prep.engine.worker import close_workers, execute, run_isolated
 from data_prep.errors import DataPrepError, UsageError
@@ -28,8 +26,6 @@ from data_prep.operations import Link
 
 Engine = Literal["process", "serial", "dask"]
 MANIFEST = "manifest.jsonl"
-#: seconds between two lines on progress where there is no terminal
-LINE_SECONDS = 30.0
 #: how long a Dask scheduler may take to answer
 SCHEDULER_SECONDS = 30
 REPORTED_PACKAGES = ("monai-mamba", "numpy", "nibabel", "pydicom", "SimpleITK", "dcm2niix", "highdicom", "pillow")
@@ -98,11 +94,11 @@ def run_plan(plan: Plan, out: Path, private: Path, options: RunOptions) -> Repor
             todo = [e for e in mine if not _is_done(before.get(e.name), fingerprints[e.name], out, options.resume)]
             # No two runs share a temporary folder, not even with a worker that has outlived its killed parent.
             token = secrets.token_hex(4)
-            with _progress(len(mine), len(mine) - len(todo)) as tick:
+            with progress("cases", len(mine), len(mine) - len(todo)) as tick:
                 for result in _results((_task(plan, e, out, options, f"{tag}-{token}") for e in todo), options):
                     journal.append(result | {"fingerprint": fingerprints[result["name"]]})
                     _remove_stale(before.get(result["name"]), result, out)
-                    tick(result["status"])
+                    tick(result["status"] == "failed")
                     if result["reason"] == "no-space":
                         raise DataPrepError("the disk is full; free space and run the same command again.")
             if options.shard[1] > 1:
@@ -311,46 +307,3 @@ def _lock(path: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
-
-
-@contextlib.contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[str], None]]:
-    failed = 0
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("cases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.fields[failed]} failed"), console=Console(stderr=True)) as bar:
-            task = bar.add_task("cases", total=total, completed=done, failed=0)
-
-            def tick(status: str) -> None:
-                nonlocal failed
-                failed += status == "failed"
-                bar.update(task, advance=1, failed=failed)
-
-            yield tick
-        return
-    start = time.monotonic()
-    made = 0
-
-    def tick_line(status: str) -> None:
-        nonlocal failed, made
-        failed += status == "failed"
-        made += 1
-
-    def report() -> None:
-        while not finished.wait(LINE_SECONDS):
-            rate = made / (time.monotonic() - start)
-            left = f"{(total - done - made) / rate:.0f} s left" if made else "no case finished yet"
-            print(f"{done + made}/{total} cases, {failed} failed, {rate:.2f}/s, {left}", file=sys.stderr, flush=True)
-
-    # A thread, so that the lines keep coming while one case takes an hour.
-    finished = threading.Event()
-    reporter = threading.Thread(target=report, daemon=True)
-    reporter.start()
-    try:
-        yield tick_line
-    finally:
-        finished.set()
-        reporter.join()

@@ -145,9 +145,9 @@ class WorkerProcess:
             start_new_session=True,
         )
         self.num_cases = 0
-        self._converse({"hello": 1}, _START_SECONDS)
+        self.converse({"hello": 1}, _START_SECONDS)
 
-    def _converse(self, message: dict[str, Any], timeout: float) -> dict[str, Any] | None:
+    def converse(self, message: dict[str, Any], timeout: float) -> dict[str, Any] | None:
         """Send a message and wait; ``None`` when the process died or was killed for taking too long."""
         assert self._process.stdin and self._process.stdout
         killer = threading.Timer(timeout, self._kill)
@@ -166,7 +166,7 @@ class WorkerProcess:
     def run(self, task: dict[str, Any], timeout: float) -> dict[str, Any]:
         start = time.monotonic()
         self.num_cases += 1
-        answer = self._converse(task, timeout)
+        answer = self.converse(task, timeout)
         if answer is not None:
             return answer
         seconds = time.monotonic() - start
@@ -212,6 +212,21 @@ _of_thread = threading.local()
 
 def run_isolated(task: dict[str, Any], timeout: float) -> dict[str, Any]:
     """`execute` in the calling thread's own worker process; a crash or a time-out costs this case only."""
+    return _worker().run(task, timeout)
+
+
+def read_isolated(message: dict[str, Any], timeout: float) -> list[Any] | None:
+    """`scan.read_values` in the calling thread's own worker; ``None`` when that died or took too long."""
+    worker = _worker()
+    answer = worker.converse(message, timeout)
+    if answer is None:
+        worker.close()
+        return None
+    return list(answer["values"])
+
+
+def _worker() -> WorkerProcess:
+    """The calling thread's worker, a new one where it has none that is usable."""
     worker: WorkerProcess | None = getattr(_of_thread, "worker", None)
     if worker is None or not worker.is_usable:
         if worker is not None:
@@ -219,7 +234,7 @@ def run_isolated(task: dict[str, Any], timeout: float) -> dict[str, Any]:
             _workers.remove(worker)
         worker = _of_thread.worker = WorkerProcess()
         _workers.append(worker)
-    return worker.run(task, timeout)
+    return worker
 
 
 def close_workers() -> None:
@@ -242,6 +257,8 @@ def _die_with_parent(parent: int) -> None:
 
 def serve() -> None:
     """Answer tasks, one JSON line each, until standard input ends."""
+    from data_prep.engine.scan import read_values
+
     collect_rarely()
     # Libraries print to both streams, sometimes with values from headers; only answers may leave this process.
     answers: TextIO = os.fdopen(os.dup(1), "w")
@@ -251,6 +268,10 @@ def serve() -> None:
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     for line in sys.stdin:
         task = json.loads(line)
-        answer = {"hello": 1} if "hello" in task else execute(task)
+        answer: dict[str, Any]
+        if "read" in task:
+            answer = {"values": read_values(task)}
+        else:
+            answer = {"hello": 1} if "hello" in task else execute(task)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

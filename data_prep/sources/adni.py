@@ -14,7 +14,8 @@ import typer
 
 from data_prep.book import Book
 from data_prep.errors import CaseError, UsageError
-from data_prep.model import Case, Description, Form, Make, OfficialSplit, Ref, Source
+from data_prep.model import Case, Description, Make, OfficialSplit, Ref, Source
+from data_prep.options import Converter, FormOption, Uneven
 from data_prep.preparation import VolumeOptions, prepare
 from data_prep.sources.dicom import Dicom
 from data_prep.tables import read_rows
@@ -131,15 +132,9 @@ class Adni(VolumeOptions, Source):
         Literal["folds", "published"],
         typer.Option(help="published: subjects of ADNI-1 train, those new in ADNI-2 are the test; others left out."),
     ] = "folds"
-    form: Annotated[Form, typer.Option(help="Which of a NIfTI header's two geometries to take when they disagree.")] = (
-        "strict"
-    )
-    uneven: Annotated[
-        Literal["error", "resample", "largest-block"], typer.Option(help="DICOM with missing slices or uneven steps.")
-    ] = "error"
-    converter: Annotated[
-        Literal["dcm2niix", "simpleitk"], typer.Option(help="Who decodes DICOM first; the proof is the same.")
-    ] = "dcm2niix"
+    form: FormOption = "strict"
+    uneven: Uneven = "error"
+    converter: Converter = "dcm2niix"
 
     def plan(self, tree: Tree, book: Book) -> Description:
         steps = self.steps()

@@ -12,7 +12,8 @@ import typer
 
 from data_prep.book import Book
 from data_prep.errors import DatasetError, UsageError
-from data_prep.model import Case, Description, Form, Make, OfficialSplit, Ref, Source
+from data_prep.model import Case, Description, Make, OfficialSplit, Ref, Source
+from data_prep.options import FormOption
 from data_prep.tables import read_rows
 from data_prep.tree import Row, Tree
 
@@ -54,9 +55,7 @@ class Amos(Source):
             max=1.0,
         ),
     ] = 0.0
-    form: Annotated[Form, typer.Option(help="Which of a NIfTI header's two geometries to take when they disagree.")] = (
-        "strict"
-    )
+    form: FormOption = "strict"
 
     def plan(self, tree: Tree, book: Book) -> Description:
         root, content = self._root(tree, book)

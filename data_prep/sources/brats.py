@@ -17,6 +17,7 @@ from data_prep.errors import CaseError, UsageError
 from data_prep.model import Case, Description, Form, Make, Source
 from data_prep.nifti import open_nifti
 from data_prep.operations.volumes import to_integers
+from data_prep.options import FormOption
 from data_prep.tree import Tree
 
 CHANNELS = ("t1n", "t1c", "t2w", "t2f")
@@ -127,9 +128,7 @@ class Brats(Source):
         Literal["regions", "classes"],
         typer.Option(help="Whole tumor, tumor core, enhancing tumor as overlapping regions, or the classes as drawn."),
     ] = "regions"
-    form: Annotated[Form, typer.Option(help="Which of a NIfTI header's two geometries to take when they disagree.")] = (
-        "strict"
-    )
+    form: FormOption = "strict"
 
     def plan(self, tree: Tree, book: Book) -> Description:
         visits = self._visits(tree)
@@ -186,12 +185,16 @@ class Brats(Source):
         return visits
 
     def _refuse_foreign_labels(self, tree: Tree, visits: Sequence[_Visit], edition: str) -> None:
+        version = f"brats-labels-1-{self.form}"
+        if EDITIONS[edition].foreign:
+            maps = [path for visit in visits for path in visit.files.get(_SEG, ())]
+            tree.read_facts(maps, version, _label_values, self.form)
         for value, meaning in EDITIONS[edition].foreign.items():
             having = [
                 visit.key
                 for visit in visits
                 for path in visit.files.get(_SEG, ())
-                if value in tree.facts(path, f"brats-labels-1-{self.form}", self._label_values)
+                if value in tree.facts(path, version, _label_values, self.form)
             ]
             if having:
                 raise UsageError(
@@ -199,15 +202,6 @@ class Brats(Source):
                     f"have ({meaning}); the first is {having[0]}. Take out the files of the other edition, or name the "
                     "right one with --edition."
                 )
-
-    def _label_values(self, path: Path) -> list[int]:
-        """Values of a label map; none when it cannot be read, which the case itself will report."""
-        import numpy as np
-
-        try:
-            return [int(value) for value in np.unique(to_integers(open_nifti(path, self.form).read()))]
-        except CaseError:
-            return []
 
     def _add(self, visit: _Visit, rules: Edition, has_labels: bool, book: Book) -> None:
         twice = [kind for kind, paths in visit.files.items() if len(paths) > 1]
@@ -287,6 +281,16 @@ def _without_copies(tree: Tree, book: Book, visits: Sequence[_Visit]) -> list[_V
                 book.skip(visit.paths, "duplicate", "the same visit is in another folder")
         kept.append(copies[0])
     return kept
+
+
+def _label_values(path: Path, form: Form) -> list[int]:
+    """Values of a label map; none when it cannot be read, which the case itself will report."""
+    import numpy as np
+
+    try:
+        return [int(value) for value in np.unique(to_integers(open_nifti(path, form).read()))]
+    except CaseError:
+        return []
 
 
 SOURCE = Brats

@@ -23,6 +23,7 @@ from data_prep.geometry import Grid
 from data_prep.model import Case, Description, Make, OfficialSplit, Ref, Source
 from data_prep.operations import Job, Outcome, operation
 from data_prep.operations.pictures import MAX_PIXELS, open_picture, write_png
+from data_prep.options import CropBreast, MaxSide
 from data_prep.tables import read_rows
 from data_prep.tree import Row, Tree
 
@@ -103,8 +104,8 @@ class CbisDdsm(Source):
     masks: Annotated[
         bool, typer.Option("--masks", help="Write a mask of all lesions per image (0 and 255) beside the images.")
     ] = False
-    crop_breast: Annotated[bool, typer.Option("--crop-breast", help="Cut to the breast, masks alike.")] = False
-    max_side: Annotated[int, typer.Option(help="Longer side at most this many pixels; 0 keeps the size.", min=0)] = 0
+    crop_breast: CropBreast = False
+    max_side: MaxSide = 0
     square: Annotated[
         bool, typer.Option("--square", help="Pad with background to a square, so that later resizing keeps the aspect.")
     ] = False
@@ -117,6 +118,8 @@ class CbisDdsm(Source):
         lesions = self._read_lesions(tree, book)
         groups = self._groups(lesions, book)
         parts = self._parts(groups, book)
+        if self.masks:
+            _read_sizes(tree, [path for lesion in lesions for path in (lesion.image, *lesion.rois)])
         for key, members in groups.items():
             if key in parts:
                 self._add(tree, book, key, members, parts[key])
@@ -326,7 +329,10 @@ class _Series:
         """Series to folder by the first header of every folder that no name and no table explains."""
         if self._by_hash is None:
             self._by_hash = {}
-            for folder in sorted(set(self.folders) - set(self._by_uid.values())):
+            unnamed = sorted(set(self.folders) - set(self._by_uid.values()))
+            firsts = [self.folders[folder][0] for folder in unnamed if self.folders[folder][0].endswith(".dcm")]
+            self._tree.read_facts(firsts, headers.FACTS_VERSION, headers.read_facts)
+            for folder in unnamed:
                 path = self.folders[folder][0]
                 if path.endswith(".dcm"):
                     facts = self._tree.facts(path, headers.FACTS_VERSION, headers.read_facts)
@@ -373,6 +379,13 @@ def _mask_of(tree: Tree, lesion: _Lesion) -> str | None:
         return same_size[0]
     binary = [path for path in same_size or lesion.rois if tree.facts(path, "two-values-1", _has_two_values)]
     return binary[0] if len(binary) == 1 else None
+
+
+def _read_sizes(tree: Tree, paths: Iterable[str]) -> None:
+    """Let all workers read what `_size` will ask for."""
+    files = sorted(set(paths))
+    tree.read_facts([path for path in files if path.endswith(".dcm")], headers.FACTS_VERSION, headers.read_facts)
+    tree.read_facts([path for path in files if not path.endswith(".dcm")], "picture-size-1", _picture_size)
 
 
 def _size(tree: Tree, path: str) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import typer
 from data_prep.book import Book
 from data_prep.errors import UsageError
 from data_prep.model import Case, Description, Make, OfficialSplit, Ref, Source
+from data_prep.options import MaxSide
 from data_prep.splits import partition, torch_permutation
 from data_prep.tables import read_rows
 from data_prep.tree import Row, Tree
@@ -97,7 +98,7 @@ class Chexpert(Source):
             "by study, in which patients leak."
         ),
     ] = "official"
-    max_side: Annotated[int, typer.Option(help="Longer side at most this many pixels; 0 keeps the size.", min=0)] = 0
+    max_side: MaxSide = 0
     keep_jpeg: Annotated[
         bool, typer.Option("--keep-jpeg", help="Take the JPEG files as they are (can be linked) instead of PNG.")
     ] = False

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Annotated, ClassVar, Literal
-
-import typer
+from typing import ClassVar, Literal
 
 from data_prep.book import Book
 from data_prep.errors import DatasetError, UsageError
-from data_prep.model import Case, Description, Form, Make, Ref, Source
+from data_prep.model import Case, Description, Make, Ref, Source
+from data_prep.options import FormOption
 from data_prep.preparation import IntensityOptions, prepare
 from data_prep.tree import Tree
 
@@ -23,9 +22,7 @@ class Decathlon(IntensityOptions, Source):
     identifiers: ClassVar[Literal["public", "personal"]] = "public"
     layouts: ClassVar[tuple[str, ...]] = ("nnunet", "monai")
 
-    form: Annotated[Form, typer.Option(help="Which of a NIfTI header's two geometries to take when they disagree.")] = (
-        "strict"
-    )
+    form: FormOption = "strict"
 
     def plan(self, tree: Tree, book: Book) -> Description:
         table = tree.one("dataset.json", "*/dataset.json", what="dataset.json of a decathlon task")

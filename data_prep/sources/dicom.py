@@ -29,6 +29,7 @@ from data_prep.dicom.stacks import (
 from data_prep.errors import DicomReadError, UsageError
 from data_prep.geometry import Grid, grid_difference
 from data_prep.model import Case, Description, Make, Ref, Source
+from data_prep.options import Converter, CropBreast, MaxSide, Uneven
 from data_prep.preparation import IntensityOptions, prepare
 from data_prep.tree import Tree
 
@@ -83,10 +84,7 @@ class Dicom(IntensityOptions, Source):
     tilt: Annotated[
         Literal["error", "resample"], typer.Option(help="Gantry tilt: refuse, or resample upright (recorded).")
     ] = "error"
-    uneven: Annotated[
-        Literal["error", "resample", "largest-block"],
-        typer.Option(help="Missing slices or uneven steps: refuse, resample, or keep the largest even part."),
-    ] = "error"
+    uneven: Uneven = "error"
     time: Annotated[
         Literal["error", "first", "merge"],
         typer.Option(
@@ -105,16 +103,13 @@ class Dicom(IntensityOptions, Source):
         bool, typer.Option("--regrid", help="Resample further channels onto the grid of the first (recorded).")
     ] = False
     min_slices: Annotated[int, typer.Option(help="Smaller stacks are skipped.", min=2)] = 2
-    converter: Annotated[
-        Literal["dcm2niix", "simpleitk"],
-        typer.Option(help="dcm2niix: compare uncompressed volumes with what it makes; simpleitk: do not."),
-    ] = "dcm2niix"
+    converter: Converter = "dcm2niix"
     secondary_capture: Annotated[
         bool, typer.Option("--secondary-capture", help="Take X-rays stored as Secondary Capture, too.")
     ] = False
     window: Annotated[int, typer.Option(help="X-rays: number of the window or VOI LUT; -1 for none.")] = 0
-    max_side: Annotated[int, typer.Option(help="X-rays: longer side at most this; 0 keeps the size.", min=0)] = 0
-    crop_breast: Annotated[bool, typer.Option("--crop-breast", help="Mammograms: cut to the breast.")] = False
+    max_side: MaxSide = 0
+    crop_breast: CropBreast = False
 
     def plan(self, tree: Tree, book: Book) -> Description:
         images, objects = self.read(tree, book, tree.match("**/*"))
@@ -133,6 +128,7 @@ class Dicom(IntensityOptions, Source):
         images: dict[tuple[str, str], list[tuple[str, Any]]] = defaultdict(list)
         objects = []
         burned = 0
+        tree.read_facts(paths, headers.FACTS_VERSION, headers.read_facts)
         for path in paths:
             facts = tree.facts(path, headers.FACTS_VERSION, headers.read_facts)
             if facts["kind"] == "none":

@@ -12,6 +12,7 @@ import typer
 from data_prep.book import Book
 from data_prep.errors import UsageError
 from data_prep.model import Case, Description, Make, OfficialSplit, Source
+from data_prep.options import MaxSide
 from data_prep.picture_sets import ENDINGS, PARTS, Picture, digest, settle_copies
 from data_prep.tree import Tree
 
@@ -27,7 +28,7 @@ class Images(Source):
     patient_regex: Annotated[
         str, typer.Option(help="Regular expression whose one group finds the patient in the path below the input.")
     ] = ""
-    max_side: Annotated[int, typer.Option(help="Longer side at most this many pixels; 0 keeps the size.", min=0)] = 0
+    max_side: MaxSide = 0
 
     def plan(self, tree: Tree, book: Book) -> Description:
         pattern = self._pattern()

@@ -14,6 +14,7 @@ from data_prep.book import Book
 from data_prep.errors import CaseError, UsageError
 from data_prep.markups import System, read_lines
 from data_prep.model import Case, Description, Form, Make, OfficialSplit, Ref, Source
+from data_prep.options import FormOption
 from data_prep.tables import read_rows
 from data_prep.tree import Row, Tree
 
@@ -35,9 +36,7 @@ class LandmarkOptions:
         System, typer.Option(help="Coordinate system of markups that name none; file: refuse these.")
     ] = "file"
     radius: Annotated[float, typer.Option(help="Radius in mm of a landmark's ball in the label map.", min=0.1)] = 3.0
-    form: Annotated[Form, typer.Option(help="Which of a NIfTI header's two geometries to take when they disagree.")] = (
-        "strict"
-    )
+    form: FormOption = "strict"
 
 
 @dataclass(frozen=True)

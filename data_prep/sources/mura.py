@@ -15,6 +15,7 @@ import typer
 from data_prep.book import Book
 from data_prep.errors import UsageError
 from data_prep.model import Case, Description, Make, OfficialSplit, Ref, Source
+from data_prep.options import MaxSide
 from data_prep.tables import read_rows
 from data_prep.tree import Row, Tree
 
@@ -74,7 +75,7 @@ class Mura(Source):
             "validation: 8 % of the patients."
         ),
     ] = "official"
-    max_side: Annotated[int, typer.Option(help="Longer side at most this many pixels; 0 keeps the size.", min=0)] = 0
+    max_side: MaxSide = 0
     gray: Annotated[
         bool, typer.Option("--gray/--keep-channels", help="Write the few RGB files in gray, as the others are.")
     ] = True

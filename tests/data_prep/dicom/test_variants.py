@@ -201,9 +201,9 @@ def _check(tmp_path: Path, series: Series, name: str, converter: str = "simpleit
         # Two contrasts: each file is in the volume of its kind, and every voxel belongs to a file.
         assert sum(nibabel.load(path).shape[2] for path in images) == len(used) and len(images) == 2
         kinds = [
-            [path for path in used if (pydicom.dcmread(path).get(tag) or 0) == value]
+            [path for path in used if str(pydicom.dcmread(path).get(tag)) == value]
             for tag in ("ConvolutionKernel", "EchoTime", "DiffusionBValue", "PhotometricInterpretation")
-            for value in sorted({pydicom.dcmread(path).get(tag) or 0 for path in used}, key=str)
+            for value in sorted({str(pydicom.dcmread(path).get(tag)) for path in used})
         ]
         kinds = [kind for kind in kinds if len(kind) < len(used)]
         for image in images:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.engine import run, worker
+from data_prep.engine import worker
 from data_prep.errors import DataPrepError, ImageReadError
 from data_prep.nifti import open_nifti, verify_stream
 from data_prep.sources.decathlon import Decathlon
@@ -157,17 +157,6 @@ def test_worker_ends_when_its_parent_is_killed(tmp_path):
             break
     else:
         assert not Path(f"/proc/{worker_id}").exists()
-
-
-def test_progress_comes_as_lines_while_a_case_takes_long(capsys, monkeypatch):
-    monkeypatch.setattr(run, "LINE_SECONDS", 0.05)
-    with run._progress(4, 1) as tick:
-        time.sleep(0.12)
-        tick("failed")
-        time.sleep(0.12)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("1/4 cases, 0 failed") and "no case finished yet" in lines[0]
-    assert lines[-1].startswith("2/4 cases, 1 failed") and lines[-1].endswith("s left")
 
 
 def test_case_that_takes_too_long_or_kills_its_worker_costs_itself_only(tmp_path, monkeypatch):
