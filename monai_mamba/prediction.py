@@ -180,11 +180,7 @@ class _Tools:
     """What a bundle's configuration says about inference, made once."""
 
     def __init__(self, trained: Trained) -> None:
-        from monai.inferers import SimpleInferer
-
         self.trained = trained
-        self.preprocessing = trained.preprocessing
-        self.inferer = trained.get("inferer") or SimpleInferer()
         self.postprocessing = (
             None if trained.classes and trained.task != "segmentation" else trained.get("postprocessing")
         )
@@ -195,14 +191,14 @@ class _Tools:
         data = trained.prepare(trained.read(case))
         image = data["image"]
         try:
-            output = self.inferer(image[None].to(trained.device), trained.network)
+            output = trained.infer(image)
         except ValueError as error:  # a size or number of channels that the network refuses
             raise DatasetError(f"case {case['case']}: the network cannot take it: {error}") from error
         name, patient = str(case["case"]), str(case.get("patient", ""))
         if self.postprocessing is None:
-            probabilities = class_probabilities(output, len(trained.classes), trained.multi_label)
+            probabilities = class_probabilities(output[None], len(trained.classes), trained.multi_label)
             return Prediction(name, patient, probabilities=probabilities[0].numpy())
-        post = self.postprocessing({**data, "pred": output[0].cpu()})
+        post = self.postprocessing({**data, "pred": output.cpu()})
         if trained.task == "segmentation":
             return Prediction(name, patient, label_map=post["pred"])
         position, peak = post["pred_mm"].numpy(), post["peak"].numpy()

@@ -24,6 +24,7 @@ def evaluate(
     level: Annotated[float, typer.Option(help="Coverage of the intervals.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")] = True,
+    robustness: Annotated[Path | None, typer.Option(help="Folder of `monai-mamba robustness`, for the report.")] = None,
     validation: Annotated[
         Path | None,
         typer.Option(help="Table of the validation cases: Youden's threshold, temperature.", rich_help_panel="Classes"),
@@ -38,10 +39,6 @@ def evaluate(
     explanations: Annotated[
         Path | None,
         typer.Option(help="Folder of `monai-mamba explain`, for the report.", rich_help_panel="Classes"),
-    ] = None,
-    robustness: Annotated[
-        Path | None,
-        typer.Option(help="Folder of `monai-mamba robustness`, for the report.", rich_help_panel="Classes"),
     ] = None,
     reference: Annotated[
         Path | None, typer.Option("--reference", "-r", help="Folder with the references.", rich_help_panel="Label maps")
@@ -69,9 +66,11 @@ def evaluate(
     PREDICTIONS tells what is evaluated: a folder holds label maps, a table with a column `landmark` landmarks, any
     other table classes.
     """
-    settings: dict[str, Any] = {"num_draws": draws, "level": level, "seed": seed, "report": report}
+    settings: dict[str, Any] = {
+        "num_draws": draws, "level": level, "seed": seed, "report": report, "robustness": robustness
+    }  # fmt: skip
     for_classes: dict[str, Path | str | None] = {
-        "validation": validation, "by": by, "explanations": explanations, "robustness": robustness,
+        "validation": validation, "by": by, "explanations": explanations,
         "group": None if group == "case" else group,
     }  # fmt: skip
     for_label_maps: dict[str, Path | str | None] = {
@@ -99,7 +98,7 @@ def evaluate(
             _refuse(for_label_maps, "a folder of label maps")
             metrics = tables.evaluate_files(
                 predictions, output, validation, compare, group, by=by,
-                explanations=explanations, robustness=robustness, **settings,
+                explanations=explanations, **settings,
             )  # fmt: skip
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

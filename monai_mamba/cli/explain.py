@@ -80,9 +80,10 @@ def robustness(
     device: Device = None,
     argument: Arguments = None,
 ) -> None:
-    """Measure a trained classifier on worse images: eight perturbations at five severities, all six metrics.
+    """Measure a trained model on worse images: eight perturbations at five severities.
 
-    Rotation, translation, color_temperature (of colored pictures), brightness, contrast, noise, blur, resolution.
+    All six metrics of classes, Dice of label maps, errors of landmarks. Rotation and translation (the references move,
+    too), color_temperature (of colored pictures), brightness, contrast, noise, blur, resolution.
     """
     from monai_mamba.robustness.run import measure_robustness
 
@@ -102,11 +103,15 @@ def _show(summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"AUC of {summary['cases']} cases, as they are {summary['unchanged']['auc']['value']:.3f}")
+    from monai_mamba.evaluation.report.evaluation import metric_name, upper_first
+
+    metric = summary["primary"]
+    name = upper_first(metric_name(metric))
+    table = Table(title=f"{name} of {summary['cases']} cases, as they are {summary['unchanged'][metric]['value']:.3f}")
     for head in ("perturbation", "unit", "1", "2", "3", "4", "5"):
         table.add_column(head)
-    for name, entry in summary["perturbations"].items():
-        table.add_row(name, entry["unit"], *(f"{level['metrics']['auc']['value']:.3f}" for level in entry["levels"]))
+    for key, entry in summary["perturbations"].items():
+        table.add_row(key, entry["unit"], *(f"{level['metrics'][metric]['value']:.3f}" for level in entry["levels"]))
     Console().print(table)
 
 

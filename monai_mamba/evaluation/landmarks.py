@@ -130,7 +130,7 @@ def compare(
     errors = [first.errors_mm, second.errors_mm[rows][:, names]]
 
     def differences(drawn: np.ndarray) -> dict[str, float]:
-        a, b = (_figures(values[drawn], first.names, RADII_MM) for values in errors)
+        a, b = (landmark_figures(values[drawn], first.names) for values in errors)
         return {name: a[name] - b[name] for name in a}
 
     return {"difference": as_table(bootstrap(differences, first.patient, num_draws, level, seed))}
@@ -144,6 +144,7 @@ def evaluate_files(
     level: float = 0.95,
     seed: int = 0,
     report: bool = True,
+    robustness: os.PathLike[str] | str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a table of landmarks; write ``metrics.json`` and ``report.html``.
 
@@ -153,6 +154,7 @@ def evaluate_files(
         compare_with: table of another model on the same cases.
         num_draws, level, seed: of the bootstrap.
         report: write ``report.html``.
+        robustness: folder that ``monai-mamba robustness`` wrote, for the report.
 
     Returns:
         The content of ``metrics.json``.
@@ -167,7 +169,7 @@ def evaluate_files(
     if report:
         from monai_mamba.evaluation.report.evaluation import render_landmarks
 
-        contents[REPORT_FILE] = render_landmarks(metrics, landmarks)
+        contents[REPORT_FILE] = render_landmarks(metrics, landmarks, robustness)
     write_results(output_dir, contents)
     return metrics
 
@@ -190,7 +192,7 @@ def summarize_trainings(
     for table, run in zip(tables, runs, strict=True):
         if run.names != runs[0].names or list(run.case) != list(runs[0].case):
             raise DatasetError(f"{table}: is not of the same cases and landmarks as {tables[0]}")
-    figures = [_figures(run.errors_mm, run.names, RADII_MM) for run in runs]
+    figures = [landmark_figures(run.errors_mm, run.names) for run in runs]
     values = {name: np.array([one[name] for one in figures]) for name in figures[0]}
     summary = {
         name: {"mean": float(v.mean()), "standard_deviation": float(v.std()), "values": v.tolist()}
@@ -255,10 +257,15 @@ def evaluate_landmarks(
             f"`errors_mm` must have shape ({len(patients)}, {len(names)}), (patients, names), got {errors_mm.shape}"
         )
 
-    return bootstrap(lambda rows: _figures(errors_mm[rows], names, radii_mm), list(patients), num_draws, level, seed)
+    return bootstrap(
+        lambda rows: landmark_figures(errors_mm[rows], names, radii_mm), list(patients), num_draws, level, seed
+    )
 
 
-def _figures(errors_mm: np.ndarray, names: Sequence[str], radii_mm: Sequence[float]) -> dict[str, float]:
+def landmark_figures(
+    errors_mm: np.ndarray, names: Sequence[str], radii_mm: Sequence[float] = RADII_MM
+) -> dict[str, float]:
+    """Return ``mre_mm``, ``sdr_<radius>mm`` and ``mre_mm_<name>`` of errors ``(cases, landmarks)``, NaN if unknown."""
     found = ~np.isnan(errors_mm)
     counts = found.sum(0)
     means = np.where(counts > 0, np.where(found, errors_mm, 0).sum(0) / np.maximum(counts, 1), np.nan)

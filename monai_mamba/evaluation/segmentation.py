@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -275,6 +276,12 @@ def score_case(
     }
 
 
+def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
+    """Return the Dice of two masks, NaN if both are empty: that of :func:`score_case` without the distances' cost."""
+    total = int(prediction.sum()) + int(reference.sum())
+    return 2 * int((prediction & reference).sum()) / total if total else math.nan
+
+
 def summarize(
     evaluation: Evaluation,
     patients: Mapping[str, str] | None = None,
@@ -362,6 +369,7 @@ def evaluate_files(
     seed: int = 0,
     report: bool = True,
     on_case: Callable[[str], None] | None = None,
+    robustness: os.PathLike[str] | str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a folder of label maps; write ``metrics.json``, ``cases.csv`` and ``report.html``.
 
@@ -377,6 +385,7 @@ def evaluate_files(
         num_draws, level, seed: of the bootstrap.
         report: write ``report.html``.
         on_case: called with the name of each case when it is done.
+        robustness: folder that ``monai-mamba robustness`` wrote, for the report.
 
     Returns:
         The content of ``metrics.json``.
@@ -404,7 +413,9 @@ def evaluate_files(
     if report:
         from monai_mamba.evaluation.report.evaluation import render_segmentation
 
-        contents[REPORT_FILE] = render_segmentation(metrics, evaluation, predictions, references, images, labels)
+        contents[REPORT_FILE] = render_segmentation(
+            metrics, evaluation, predictions, references, images, labels, robustness
+        )
     write_results(output_dir, contents)
     return metrics
 
@@ -456,9 +467,9 @@ def _score_structure(
     spacing = list(spacing_mm)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # MONAI's own metrics use an argument that MONAI deprecates
-        dice = compute_dice(pred, ref, include_background=True)
+        overlap = compute_dice(pred, ref, include_background=True)
         hd95 = compute_hausdorff_distance(pred, ref, include_background=True, percentile=95, spacing=spacing)
         surface_dice = compute_surface_dice(
             pred, ref, [tolerance_mm], include_background=True, spacing=spacing, use_subvoxels=True
         )
-    return Score(*(float(value) for value in (dice, hd95, surface_dice)))
+    return Score(*(float(value) for value in (overlap, hd95, surface_dice)))

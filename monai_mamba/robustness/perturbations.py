@@ -1,7 +1,8 @@
 """Perturbations of images at five stated severities, in two and three dimensions.
 
 Severities are stated in physical or relative units, so that they mean the same at every image size. Directions and
-noise are drawn per case and kept over the severities, so that a curve shows the severity and nothing else.
+noise are drawn per case and kept over the severities, so that a curve shows the severity and nothing else. Label
+maps and landmarks move with an image that is turned or shifted.
 
 References:
     MedMamba, arXiv:2403.03849, section 5.3 and figure 7 (rotation, translation, color temperature; no parameters are
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from monai.transforms import Affine, GaussianSmooth, Resize
+from monai.transforms import Affine, AffineGrid, GaussianSmooth, Resize
 from torch import Tensor
 
 NUM_SEVERITIES = 5
@@ -26,6 +27,33 @@ WHITE_KELVIN = 6504.0
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 Apply = Callable[[Tensor, float, np.random.Generator], Tensor]
+Move = Callable[[Sequence[int], float, np.random.Generator], "Motion"]
+
+
+@dataclass(frozen=True)
+class Motion:
+    """A rotation and a shift about the center of an image, as MONAI's `Affine` takes them."""
+
+    rotate: Sequence[float] | float | None = None
+    translate: Sequence[float] | None = None
+
+    def apply(self, image: Tensor, mode: str) -> Tensor:
+        """Return the moved image ``(C, *spatial)``, interpolated by ``mode``, zero where nothing was."""
+        move = Affine(
+            rotate_params=self.rotate,
+            translate_params=self.translate,
+            mode=mode,
+            padding_mode="zeros",
+            image_only=True,
+        )
+        return torch.as_tensor(move(image)).as_subclass(Tensor)
+
+    def apply_to_points(self, voxels: np.ndarray, size: Sequence[int]) -> np.ndarray:
+        """Return where points ``(points, dims)`` of an image of that size come to lie."""
+        _, matrix = AffineGrid(rotate_params=self.rotate, translate_params=self.translate)(tuple(size))
+        backwards = np.asarray(matrix, dtype=np.float64)  # from the moved image to the one before, about the center
+        center = (np.asarray(size) - 1) / 2
+        return (np.asarray(voxels) - center - backwards[:-1, -1]) @ np.linalg.inv(backwards[:-1, :-1]).T + center
 
 
 @dataclass(frozen=True)
@@ -36,14 +64,17 @@ class Perturbation:
         name: as in tables.
         unit: of the levels.
         levels: what the severities 1 to 5 mean.
-        apply: from image ``(C, *spatial)`` in [0, 1], level and generator to the changed image, not yet clipped.
+        apply: from image ``(C, *spatial)`` in [0, 1], level and generator to the changed image, not yet clipped; None
+            if it moves.
+        motion: from the size of an image, level and generator to how it moves; None if it does not.
         needs_color: True if gray images stay as they are.
     """
 
     name: str
     unit: str
     levels: tuple[float, float, float, float, float]
-    apply: Apply
+    apply: Apply | None = None
+    motion: Move | None = None
     needs_color: bool = False
 
 
@@ -60,16 +91,52 @@ def perturb(image: Tensor, perturbation: Perturbation, severity: int, seed: int,
     Raises:
         ValueError: if the severity is none.
     """
-    if not 1 <= severity <= NUM_SEVERITIES:
-        raise ValueError(f"`severity` must be from 1 to {NUM_SEVERITIES}, got {severity}")
+    level, generator = _drawn(perturbation, severity, seed)
     values = torch.as_tensor(image).as_subclass(Tensor).float()
     low, high = (0.0, 1.0) if is_picture else _range(values)
     scaled = (values - low) / (high - low)
-    generator = np.random.default_rng([seed, *perturbation.name.encode()])
-    changed = perturbation.apply(scaled, perturbation.levels[severity - 1], generator)
+    if perturbation.motion is not None:
+        changed = perturbation.motion(values.shape[1:], level, generator).apply(scaled, "bilinear")
+    else:
+        assert perturbation.apply is not None
+        changed = perturbation.apply(scaled, level, generator)
     if is_picture:
         changed = changed.clamp(0, 1)
     return (changed * (high - low) + low).to(values.dtype)
+
+
+def move_label_map(label: Tensor, perturbation: Perturbation, severity: int, seed: int) -> Tensor:
+    """Return a label map ``(1, *spatial)`` as it belongs to the image that :func:`perturb` makes with the same seed.
+
+    Perturbations that do not move leave it as it is. Voxels that come from outside are 0.
+    """
+    if perturbation.motion is None:
+        return label
+    level, generator = _drawn(perturbation, severity, seed)
+    motion = perturbation.motion(label.shape[1:], level, generator)
+    return motion.apply(label.as_subclass(Tensor).float(), "nearest").to(label.dtype)
+
+
+def move_points(
+    voxels: np.ndarray, size: Sequence[int], perturbation: Perturbation, severity: int, seed: int
+) -> np.ndarray:
+    """Return where points ``(points, dims)`` lie in the image that :func:`perturb` makes with the same seed.
+
+    Points that leave an image of that size are NaN.
+    """
+    if perturbation.motion is None:
+        return voxels
+    level, generator = _drawn(perturbation, severity, seed)
+    moved = perturbation.motion(size, level, generator).apply_to_points(voxels, size)
+    is_inside = np.all((moved >= 0) & (moved <= np.asarray(size) - 1), axis=1)
+    return np.where(is_inside[:, None], moved, np.nan)
+
+
+def _drawn(perturbation: Perturbation, severity: int, seed: int) -> tuple[float, np.random.Generator]:
+    """What the severity means, and the generator of directions and noise."""
+    if not 1 <= severity <= NUM_SEVERITIES:
+        raise ValueError(f"`severity` must be from 1 to {NUM_SEVERITIES}, got {severity}")
+    return perturbation.levels[severity - 1], np.random.default_rng([seed, *perturbation.name.encode()])
 
 
 def is_colored(image: Tensor) -> bool:
@@ -86,26 +153,15 @@ def _direction(generator: np.random.Generator) -> float:
     return 1.0 if generator.random() < 0.5 else -1.0
 
 
-def _rotate(image: Tensor, degrees: float, generator: np.random.Generator) -> Tensor:
+def _rotation(size: Sequence[int], degrees: float, generator: np.random.Generator) -> Motion:
     angle = math.radians(degrees) * _direction(generator)
-    return _affine(image, rotate=angle if image.ndim == 3 else [0.0, 0.0, angle])  # volumes about the slice axis
+    return Motion(rotate=angle if len(size) == 2 else [0.0, 0.0, angle])  # volumes about the slice axis
 
 
-def _translate(image: Tensor, percent: float, generator: np.random.Generator) -> Tensor:
+def _translation(size: Sequence[int], percent: float, generator: np.random.Generator) -> Motion:
     angle = generator.uniform(0, 2 * math.pi)
-    height, width = image.shape[1:3]
-    shift = [percent / 100 * height * math.sin(angle), percent / 100 * width * math.cos(angle), 0.0]
-    return _affine(image, translate=shift[: image.ndim - 1])
-
-
-def _affine(
-    image: Tensor, rotate: Sequence[float] | float | None = None, translate: Sequence[float] | None = None
-) -> Tensor:
-    move = Affine(
-        rotate_params=rotate, translate_params=translate, mode="bilinear", padding_mode="zeros", image_only=True
-    )
-    moved = move(image)
-    return torch.as_tensor(moved).as_subclass(Tensor)
+    shift = [percent / 100 * size[0] * math.sin(angle), percent / 100 * size[1] * math.cos(angle), 0.0]
+    return Motion(translate=shift[: len(size)])
 
 
 def _color_temperature(image: Tensor, mired: float, generator: np.random.Generator) -> Tensor:
@@ -167,8 +223,8 @@ def _resolution(image: Tensor, factor: float, generator: np.random.Generator) ->
 PERTURBATIONS: dict[str, Perturbation] = {
     entry.name: entry
     for entry in (
-        Perturbation("rotation", "degrees", (5, 10, 15, 20, 30), _rotate),
-        Perturbation("translation", "% of the side", (2.5, 5, 10, 15, 20), _translate),
+        Perturbation("rotation", "degrees", (5, 10, 15, 20, 30), motion=_rotation),
+        Perturbation("translation", "% of the side", (2.5, 5, 10, 15, 20), motion=_translation),
         Perturbation("color_temperature", "mired", (20, 40, 60, 80, 100), _color_temperature, needs_color=True),
         Perturbation("brightness", "% of the range", (5, 10, 15, 20, 30), _brightness),
         Perturbation("contrast", "%", (10, 20, 35, 50, 65), _contrast),

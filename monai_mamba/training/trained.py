@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from monai.inferers import SimpleInferer
 from monai.transforms import (
     Compose,
     EnsureChannelFirstd,
@@ -28,7 +29,7 @@ from torch import nn
 
 from monai_mamba.errors import CheckpointError, DatasetError
 from monai_mamba.training.bundle import MODEL_CARD, local_device
-from monai_mamba.training.datalist import MANIFEST, class_names, list_inputs
+from monai_mamba.training.datalist import MANIFEST, class_names, landmark_names, list_inputs
 from monai_mamba.training.loading import read_failure
 from monai_mamba.training.outputs import class_probabilities
 from monai_mamba.training.transforms import ReadPictured
@@ -101,16 +102,18 @@ class Trained:
             limit: take only this many cases, evenly spaced.
 
         Raises:
-            DatasetError: if there are none, the data set has other classes than the model, or a case has not the
-                files that the model needs.
+            DatasetError: if there are none, the data set has other classes or landmarks than the model, or a case has
+                not the files that the model needs.
         """
         cases = list_inputs(dataset_dir, section)
-        if self.classes and (Path(dataset_dir) / MANIFEST).is_file():
-            classes = class_names(dataset_dir)
-            if classes != self.classes:
+        if (Path(dataset_dir) / MANIFEST).is_file():
+            is_landmarks = self.task == "landmarks"
+            named = landmark_names(dataset_dir) if is_landmarks else class_names(dataset_dir)
+            known = [str(name) for name in self.get("landmarks")] if is_landmarks else self.classes
+            if named != known:
                 raise DatasetError(
-                    f"{Path(dataset_dir) / MANIFEST}: has the classes {', '.join(classes)}, the model in {self.folder} "
-                    f"was trained for {', '.join(self.classes)}"
+                    f"{Path(dataset_dir) / MANIFEST}: has the {'landmarks' if is_landmarks else 'classes'} "
+                    f"{', '.join(named)}, the model in {self.folder} was trained for {', '.join(known)}"
                 )
         for case in cases:
             self._check_keys(case)
@@ -135,6 +138,16 @@ class Trained:
     def logits(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the outputs for inputs ``(C, *spatial)`` as they come out of :meth:`prepare`."""
         return self.network(torch.stack(list(images)).to(self.device))
+
+    @torch.no_grad()
+    def infer(self, image: torch.Tensor) -> torch.Tensor:
+        """Return the output ``(C, ...)`` for one input ``(C, *spatial)`` by the bundle's inferer, e.g. sliding window.
+
+        Raises:
+            ValueError: if the network cannot take an input of that size.
+        """
+        output: torch.Tensor = (self.get("inferer") or SimpleInferer())(image[None].to(self.device), self.network)
+        return output[0]
 
     def probabilities(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return probabilities ``(cases, classes)`` for inputs ``(C, *spatial)``; classification only."""

@@ -144,7 +144,7 @@ def test_bad_input_gives_one_error_and_leaves_nothing(blobs, tmp_path, capsys):
     )
     fails(["explain", data, "-m", model, "-o", out, "--case", "x"], 2, "names the case x", capsys)
     fails(["robustness", data, "-m", model, "-o", out, "-p", "fog"], 2, "`names` must be out of rotation", capsys)
-    fails(["robustness", data / "images", "-m", model, "-o", out], 1, "has no label", capsys)
+    fails(["robustness", data / "images", "-m", model, "-o", out], 1, "has no `label`", capsys)
     fails(["robustness", data, "-m", model, "-o", out, "-p", "color_temperature"], 1, "all images are gray", capsys)
     assert not out.exists()
     assert not list(tmp_path.glob(".writing-*"))

@@ -14,6 +14,8 @@ from monai_mamba.robustness.perturbations import (
     WHITE_KELVIN,
     Perturbation,
     _black_body_xyz,
+    move_label_map,
+    move_points,
     perturb,
 )
 
@@ -73,6 +75,38 @@ def test_rotation_and_translation_move_a_point_as_far_as_stated(dims):
     if dims == 3:
         assert turned[2] == pytest.approx(before[2], abs=0.01)
         assert moved[2] == pytest.approx(before[2], abs=0.01)
+
+
+@pytest.mark.parametrize("dims", [2, 3], ids=["2d", "3d"])
+@pytest.mark.parametrize("name", sorted(PERTURBATIONS))
+def test_labels_and_points_move_with_their_image(name, dims):
+    size = (48, 40, 30)[:dims]
+    point = np.array([[20.0, 25.0, 11.0][:dims]])
+    axes = np.meshgrid(*map(np.arange, size), indexing="ij")
+    distance = np.sqrt(sum((axis - p) ** 2 for axis, p in zip(axes, point[0], strict=True)))
+    image = torch.from_numpy(np.exp(-((distance / 6) ** 2))[None]).float()
+    label = (image > 0.5).to(torch.uint8)
+    entry = PERTURBATIONS[name]
+    for severity in (2, 5):
+        changed = perturb(image, entry, severity, 3, is_picture=True)[0].numpy()
+        moved = move_label_map(label, entry, severity, 3)
+        [there] = move_points(point, size, entry, severity, 3)
+        if entry.motion is None:
+            assert torch.equal(moved, label) and np.array_equal(there, point[0])
+            continue
+        assert not torch.equal(moved, label)
+        for weight, tolerance in ((changed**8, 0.2), (moved[0].numpy().astype(float), 0.5)):  # voxels
+            seen = [(axis * weight).sum() / weight.sum() for axis in axes]
+            np.testing.assert_allclose(there, seen, atol=tolerance)
+        overlap = ((changed > 0.5) & (moved[0].numpy() == 1)).sum() / (moved == 1).sum()
+        assert overlap > 0.9
+
+
+def test_points_that_leave_the_image_are_missing():
+    corners = np.array([[0.0, 0.0], [31.0, 31.0], [15.0, 16.0]])
+    moved = move_points(corners, (32, 32), PERTURBATIONS["rotation"], 5, 0)
+    assert np.isnan(moved[:2]).all()
+    np.testing.assert_allclose(moved[2], [15, 16], atol=0.5)
 
 
 def test_direction_of_a_case_stays_over_the_severities():

@@ -145,6 +145,7 @@ def render_segmentation(
     references: os.PathLike[str] | str,
     images: os.PathLike[str] | str | None,
     labels: Labels,
+    robustness: os.PathLike[str] | str | None = None,
 ) -> str:
     """Return the report of a segmentation as HTML.
 
@@ -154,9 +155,10 @@ def render_segmentation(
         predictions, references: folders with the label maps.
         images: folder with ``<case>_0000`` images for the pictures; None for none.
         labels: structures and file ending.
+        robustness: folder that ``monai-mamba robustness`` wrote.
 
     Raises:
-        DatasetError: if ``images`` lacks the image of a case that is drawn.
+        DatasetError: if ``images`` lacks the image of a case that is drawn, or ``robustness`` is about others.
     """
     figures = list(metrics["metrics"])
     structures = Table(
@@ -206,6 +208,8 @@ def render_segmentation(
         sections.append(
             _overlays(order, evaluation, Path(predictions), Path(references), Path(images), labels.file_ending)
         )
+    if robustness is not None:
+        sections.append(_robustness(Path(robustness), list(evaluation.structures)))
     return _render(
         f"Segmentation: {', '.join(list(evaluation.structures)[:4])}",
         f"{metrics['cases']} cases of {metrics['patients']} patients, {len(evaluation.structures)} structures.",
@@ -215,12 +219,18 @@ def render_segmentation(
     )
 
 
-def render_landmarks(metrics: Mapping[str, Any], landmarks: Landmarks) -> str:
+def render_landmarks(
+    metrics: Mapping[str, Any], landmarks: Landmarks, robustness: os.PathLike[str] | str | None = None
+) -> str:
     """Return the report of landmarks as HTML.
 
     Args:
         metrics: content of ``metrics.json``.
         landmarks: what was evaluated.
+        robustness: folder that ``monai-mamba robustness`` wrote.
+
+    Raises:
+        DatasetError: if ``robustness`` is about other landmarks.
     """
     errors = landmarks.errors_mm
     by_landmark = Table(
@@ -236,7 +246,7 @@ def render_landmarks(metrics: Mapping[str, Any], landmarks: Landmarks) -> str:
     )
     rates = Table(
         ["Figure", "all landmarks"],
-        [[_landmark_name(name), _interval(value)] for name, value in metrics["metrics"].items()],
+        [[metric_name(name), _interval(value)] for name, value in metrics["metrics"].items()],
     )
     sections = [
         Section(
@@ -264,12 +274,14 @@ def render_landmarks(metrics: Mapping[str, Any], landmarks: Landmarks) -> str:
         ),
     ]
     if "comparison" in metrics:
-        rows = [[_landmark_name(n), _interval(v, signed=True)] for n, v in metrics["comparison"]["difference"].items()]
+        rows = [[metric_name(n), _interval(v, signed=True)] for n, v in metrics["comparison"]["difference"].items()]
         sections.insert(1, Section("Difference to the other model", tables=[Table(["Figure", "this - other"], rows)]))
+    if robustness is not None:
+        sections.append(_robustness(Path(robustness), landmarks.names))
     return _render(
         "Landmarks",
         f"{metrics['cases']} cases of {metrics['patients']} patients, {len(landmarks.names)} landmarks.",
-        [_card(_landmark_name(name), value, 2) for name, value in metrics["metrics"].items()],
+        [_card(metric_name(name), value, 2) for name, value in metrics["metrics"].items()],
         sections,
         metrics,
     )
@@ -479,21 +491,22 @@ def _explanations(folder: Path, test: Predictions) -> list[Section]:
     return sections
 
 
-def _robustness(folder: Path, classes: Sequence[str]) -> Section:
+def _robustness(folder: Path, targets: Sequence[str]) -> Section:
     content = _read_json(folder / "robustness.json", "monai-mamba robustness")
-    if content["classes"] != list(classes):
-        raise DatasetError(f"{folder}: is about the classes {', '.join(content['classes'])}, not those of the table")
-    metric = "auc"
+    if content["targets"] != list(targets):
+        raise DatasetError(f"{folder}: is about {', '.join(content['targets'])}, not about {', '.join(targets)}")
+    metric = content["primary"]
     rows = [
-        [name, *(format_number(level["metrics"][metric]["value"]) for level in entry["levels"])]
+        [name.replace("_", " "), *(format_number(level["metrics"][metric]["value"]) for level in entry["levels"])]
         for name, entry in content["perturbations"].items()
     ]
     severities = [f"severity {level}" for level in range(1, 1 + max(len(row) - 1 for row in rows))]
     return Section(
         "Robustness",
-        text=f"AUC on the cases as they are: {_interval(content['unchanged'][metric])}.",
-        wide=_optional_picture(folder / "curves.png", "All metrics over the severity"),
-        tables=[Table(["AUC with", *severities], rows)],
+        text=f"{upper_first(metric_name(metric))} of {content['cases']} cases as they are: "
+        f"{_interval(content['unchanged'][metric])}.",
+        wide=_optional_picture(folder / "curves.png", "Metrics over the severity"),
+        tables=[Table([f"{upper_first(metric_name(metric))} with", *severities], rows)],
         notes=["What each severity means is in robustness.csv and docs/evaluation.md."],
     )
 
@@ -547,6 +560,11 @@ def _overlays(
     )
 
 
+def upper_first(text: str) -> str:
+    """``text`` as the beginning of a sentence."""
+    return text[:1].upper() + text[1:]
+
+
 def _read_json(path: Path, command: str) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -580,7 +598,11 @@ def _range(interval: Mapping[str, float], digits: int) -> str:
     return f"{format_number(interval['low'], digits)} to {format_number(interval['high'], digits)}"
 
 
-def _landmark_name(name: str) -> str:
+def metric_name(name: str) -> str:
+    """Return a figure's name for readers; figures of one structure or landmark end in its name."""
     if name.startswith("sdr_"):
         return f"SDR within {name.removeprefix('sdr_').removesuffix('mm')} mm"
-    return NAMES["mre_mm"] + (f", {name.removeprefix('mre_mm_')}" if name != "mre_mm" else "")
+    for known in ("mre_mm", "dice"):
+        if name.startswith(f"{known}_"):
+            return f"{NAMES[known]}, {name.removeprefix(f'{known}_')}"
+    return NAMES.get(name, name)
