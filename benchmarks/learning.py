@@ -5,7 +5,8 @@
 
 Every run is the bundle's own training and evaluation (``configs/train.json``, ``configs/evaluate.json``) with the
 settings printed in the table. A run that is in ``benchmarks/results/learning.json`` already is not repeated; a run
-with other settings is. ``--table`` writes the results into ``docs/results.md``. One thread, about 40 minutes of CPU.
+with other settings is. ``--table`` writes the results into ``docs/results.md``. One thread, about an hour of CPU. The
+tests marked slow (``tests/bundles/test_learning.py``) hold single runs against what the networks have to reach.
 """
 
 from __future__ import annotations
@@ -39,19 +40,21 @@ RUNS: dict[str, list[tuple[str, str, str, dict[str, Any], tuple[str, ...], tuple
     ],
     "breast": [
         ("MedMamba-T, BreastMNIST", "medmamba", "breastmnist",
-         {"image_size": 64, "batch_size": 32, "max_epochs": 6}, TWINS, (42,)),
+         {"image_size": 64, "batch_size": 32, "max_epochs": 6}, TWINS, (42, 43, 44)),
     ],
     "two_view": [
         ("XFMamba (two blocks of 32), same organ?", "xfmamba", "same_organ",
-         {**_TWO_VIEW, **_SMALL}, TWINS, (42,)),
+         {**_TWO_VIEW, **_SMALL}, TWINS, (42, 43, 44)),
         ("late joining, same organ?", "xfmamba", "same_organ",
-         {**_TWO_VIEW, **_SMALL, "network_def#fusion": "late"}, ("mamba",), (42,)),
+         {**_TWO_VIEW, **_SMALL, "network_def#fusion": "late"}, ("mamba",), (42, 43, 44)),
         ("first view alone (VMamba of that size), same organ?", "medmamba", "same_organ",
-         {**_TWO_VIEW, "network_def": _SINGLE_VIEW}, ("mamba",), (42,)),
+         {**_TWO_VIEW, "network_def": _SINGLE_VIEW}, ("mamba",), (42, 43, 44)),
     ],
     "landmarks": [
+        ("NNMambaLandmark (16 filters), augmented", "nnmamba_landmark", "hippocampus_landmarks",
+         {"batch_size": 2, "max_epochs": 40, "window": 3, "augment": 0.8}, TWINS, (1234, 1235, 1236)),
         ("NNMambaLandmark (16 filters), batches of 2", "nnmamba_landmark", "hippocampus_landmarks",
-         {"batch_size": 2, "max_epochs": 14, "window": 3}, TWINS, (1234,)),
+         {"batch_size": 2, "max_epochs": 14, "window": 3}, ("mamba",), (1234,)),
         ("NNMambaLandmark (16 filters), batches of 4", "nnmamba_landmark", "hippocampus_landmarks",
          {"max_epochs": 9, "window": 3}, ("mamba",), (1234,)),
         ("NNMambaLandmark (16 filters), batches of 4, head conv1x1", "nnmamba_landmark", "hippocampus_landmarks",
@@ -76,6 +79,14 @@ def main() -> None:
                     run_once(arguments.results, group, {**entry, "settings": settings})
     if arguments.table:
         write_table(json.loads(arguments.results.read_text(encoding="utf-8")))
+
+
+def find_run(group: str, name: str, mixer: str = "mamba") -> dict[str, Any]:
+    """Return the arguments of :func:`train_and_score` for a run of ``RUNS``, with its first seed."""
+    for known, bundle, sample, settings, _, seeds in RUNS[group]:
+        if known == name:
+            return {"bundle": bundle, "sample": sample, "settings": settings, "mixer": mixer, "seed": seeds[0]}
+    raise KeyError(f"{group}: {name}")
 
 
 def run_once(results: Path, group: str, entry: dict[str, Any]) -> None:
@@ -196,7 +207,15 @@ def versions() -> dict[str, str]:
 
 
 def write_table(rows: list[dict[str, Any]]) -> None:
-    """Write the results between the marks in docs/results.md."""
+    """Write the results of ``RUNS`` between the marks in docs/results.md."""
+    order = [
+        {"name": name, "settings": settings, "mixer": mixer, "seed": seed}
+        for runs in RUNS.values()
+        for name, _, _, settings, mixers, seeds in runs
+        for mixer in mixers
+        for seed in seeds
+    ]
+    rows = [row for known in order for row in rows if all(row[key] == value for key, value in known.items())]
     lines = [
         "| network, data | scans | seed | validation AUC | test AUC | test accuracy | best epoch | CPU min |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -204,27 +223,52 @@ def write_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if "validation_auc" in row:
             cells = [_interval(row[key]) for key in ("validation_auc", "test_auc", "test_accuracy")]
-            scans = "yes" if row["mixer"] == "mamba" else "no"
-            lines.append(
-                f"| {row['name']} | {scans} | {row['seed']} | {' | '.join(cells)} | {row['best_epoch']} of "
-                f"{row['settings']['max_epochs']} | {row['cpu_seconds'] / 60:.1f} |"
-            )
+            lines.append(f"{_start(row)} | {row['seed']} | {' | '.join(cells)} | {_effort(row)} |")
     lines += [
         "",
-        "| network, data | scans | seed | mean error, mm | within 2 mm | mean position, mm | best epoch | CPU min |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| network, data | scans | seed | validation, mm | mean error, mm | within 2 mm | mean position, mm | "
+        "best epoch | CPU min |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         if "test_mre_mm" in row:
             lines.append(
-                f"| {row['name']} | {'yes' if row['mixer'] == 'mamba' else 'no'} | {row['seed']} | "
-                f"{_interval(row['test_mre_mm'])} | {_interval(row['test_sdr_2mm'])} | {row['mean_position_mm']:.2f} | "
-                f"{row['best_epoch']} of {row['settings']['max_epochs']} | {row['cpu_seconds'] / 60:.1f} |"
+                f"{_start(row)} | {row['seed']} | {row['validation_mre_mm']:.2f} | {_interval(row['test_mre_mm'])} | "
+                f"{_interval(row['test_sdr_2mm'])} | {row['mean_position_mm']:.2f} | {_effort(row)} |"
             )
+    lines += ["", *_spread(rows)]
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(MARKS[0], 1)
     after = rest.split(MARKS[1], 1)[1]
     PAGE.write_text(before + "\n".join([MARKS[0], "", *lines, "", MARKS[1]]) + after, encoding="utf-8")
+
+
+def _spread(rows: list[dict[str, Any]]) -> list[str]:
+    """Mean and range over the seeds of what was trained more than once."""
+    lines = ["| over the seeds: mean (lowest to highest) | scans | seeds | validation | test |", "| --- " * 5 + "|"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(_start(row), []).append(row)
+    for start, members in groups.items():
+        if len(members) < 2:
+            continue
+        if "test_mre_mm" in members[0]:
+            pairs = [(row["validation_mre_mm"], row["test_mre_mm"][0]) for row in members]
+            unit = "mean error, mm: "
+        else:
+            pairs = [(row["validation_auc"][0], row["test_auc"][0]) for row in members]
+            unit = "AUC "
+        cells = [f"{unit}{sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in zip(*pairs, strict=True)]
+        lines.append(f"{start} | {len(members)} | {' | '.join(cells)} |")
+    return lines if len(lines) > 2 else []
+
+
+def _start(row: dict[str, Any]) -> str:
+    return f"| {row['name']} | {'yes' if row['mixer'] == 'mamba' else 'no'}"
+
+
+def _effort(row: dict[str, Any]) -> str:
+    return f"{row['best_epoch']} of {row['settings']['max_epochs']} | {row['cpu_seconds'] / 60:.1f}"
 
 
 def _interval(values: list[float]) -> str:
