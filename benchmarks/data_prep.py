@@ -5,7 +5,7 @@
 Every series is first converted by both and must have the same voxels at the same places. Times are CPU seconds of one
 core (command and everything it starts), minima of repetitions; compare ratios within one run only. Without --series,
 synthetic CT and MR series are used; --series adds real ones. Figures by which the gzip levels were chosen are in
-the part `gzip`.
+the part `gzip`. The part `workers` needs two free cores. All parts take some 10 minutes on two cores.
 """
 
 # ruff: noqa: E402
@@ -34,13 +34,16 @@ import dcm2niix
 import nibabel
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from data_prep.book import Book
 from data_prep.dicom import headers
+from data_prep.dicom.pixels import UNCOMPRESSED, decode
 from data_prep.engine.plan import make_plan
 from data_prep.engine.report import make_report
 from data_prep.engine.worker import collect_rarely
+from data_prep.errors import DicomReadError
 from data_prep.geometry import max_distance_mm
 from data_prep.identity import Pseudonyms
 from data_prep.model import Case, Description, Make, Source
@@ -48,7 +51,9 @@ from data_prep.operations import Job, find_operation
 from data_prep.sources.dicom import Dicom
 from data_prep.tree import Tree
 
+SAMPLES = Path(__file__).resolve().parents[1] / "tests" / "data" / "data_prep"
 CT, MR = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4"
+PARTS = ["conversion", "headers", "gzip", "workers", "damage", "memory"]
 GZIP = {"level 6": (6, 0), "level 3": (3, 0), "level 1": (1, 0), "runs": (1, zlib.Z_RLE)}
 
 
@@ -277,6 +282,32 @@ def weigh_plans(counts: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
+def damage_pixels(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """One flipped bit in the pixel data of a file that is otherwise whole: refused, without effect, or other voxels."""
+    rng, rows = np.random.default_rng(seed), []
+    for name in ("implicit", "rle", "jpeg_lossless", "jpegls", "j2k_lossless"):
+        dataset = headers.read_dataset(sorted((SAMPLES / f"ts_{name}").iterdir())[0], pixels=True)
+        good, data = decode(dataset), dataset.PixelData
+        is_encapsulated = str(dataset.file_meta.TransferSyntaxUID) not in UNCOMPRESSED
+        frame = next(generate_frames(data, number_of_frames=1)) if is_encapsulated else data
+        row: dict[str, Any] = {"syntax": name, "files": count, "refused": 0, "no_effect": 0, "other_voxels": 0}
+        changed = []
+        for _ in range(count):
+            damaged = bytearray(frame)
+            damaged[int(rng.integers(len(frame)))] ^= 1 << int(rng.integers(8))
+            dataset.PixelData = encapsulate([bytes(damaged)]) if is_encapsulated else bytes(damaged)
+            try:
+                found = decode(dataset)
+            except DicomReadError:
+                row["refused"] += 1
+                continue
+            share = float((found != good).mean())
+            row["other_voxels" if share else "no_effect"] += 1
+            changed += [share] if share else []
+        rows.append(row | {"median_share_of_voxels": float(np.median(changed)) if changed else 0.0})
+    return rows
+
+
 def as_markdown(result: dict[str, Any]) -> str:
     lines = ["# Data preparation benchmark", ""]
     lines += [f"- {key}: {value}" for key, value in result.items() if not isinstance(value, list)]
@@ -304,7 +335,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cases", type=int, default=24, help="cases for the comparison of one and two workers")
     parser.add_argument("--rows", type=int, nargs="*", default=[25_000, 250_000], help="rows of the plans to weigh")
-    parser.add_argument("--part", action="append", choices=["conversion", "headers", "gzip", "workers", "memory"])
+    parser.add_argument("--flips", type=int, default=200, help="files per transfer syntax that are damaged")
+    parser.add_argument(
+        "--part", action="append", choices=["conversion", "headers", "gzip", "workers", "damage", "memory"]
+    )
     parser.add_argument("--weigh", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.weigh:
@@ -323,7 +357,7 @@ def main() -> None:
     if arguments.output and arguments.output.with_suffix(".json").exists() and arguments.part:
         known = json.loads(arguments.output.with_suffix(".json").read_text())
         result = {**known, **result}
-    parts = arguments.part or ["conversion", "headers", "gzip", "workers", "memory"]
+    parts = arguments.part or PARTS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["MONAI_MAMBA_KEY_FILE"] = str(folder / "key")
@@ -340,6 +374,8 @@ def main() -> None:
             result["gzip"] = time_gzip(series, folder)
         if "workers" in parts:
             result["workers"] = time_workers(folder, arguments.cases)
+        if "damage" in parts:
+            result["damage"] = damage_pixels(arguments.flips)
         if "memory" in parts:
             result["memory"] = weigh_plans(arguments.rows)
     text = as_markdown(result)

@@ -19,6 +19,8 @@ from data_prep.operations.pictures import MAX_PIXELS, write_png
 
 #: bytes that all copies of a pixel may take, of which many are float64
 _MEMORY_PER_PIXEL = 160
+#: pixels whose sides differ by less than this part are square
+_SQUARE = 0.005
 
 
 @operation(version=1)
@@ -42,7 +44,7 @@ def projection(job: Job) -> Outcome:
 
 def _make_png(job: Job, dataset: Any) -> Outcome:
     pixels, notes = render(dataset, int(job.params.get("window", 0)))
-    notes = [*job.params.get("notes", []), *notes]
+    notes = [*job.params.get("notes", []), *notes, *_aspect_note(dataset)]
     if job.params.get("crop_breast"):
         top, bottom, left, right = breast_box(pixels)
         notes.append(f"cropped to rows {top}-{bottom} and columns {left}-{right}")
@@ -50,6 +52,16 @@ def _make_png(job: Job, dataset: Any) -> Outcome:
     small = shrink(pixels, job.params.get("max_side", 0))
     write_png(job.output, Image.fromarray(np.ascontiguousarray(small)))
     return Outcome(Grid((small.shape[1], small.shape[0]), None), is_resampled=small is not pixels, notes=tuple(notes))
+
+
+def _aspect_note(dataset: Any) -> list[str]:
+    """A remark where pixels are not square, which a PNG does not say."""
+    for name in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
+        values = [float(value) for value in dataset.get(name) or []]
+        if len(values) == 2 and min(values) > 0:
+            ratio = values[0] / values[1]
+            return [f"pixels are {ratio:.4g} times as high as wide ({name})"] if abs(ratio - 1) > _SQUARE else []
+    return []
 
 
 def shrink(pixels: np.ndarray, max_side: int) -> np.ndarray:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from pydicom.dataset import Dataset
 
-from data_prep.dicom.projection import breast_box, render
+from data_prep.dicom.projection import breast_box, projection, render
 from data_prep.errors import DicomReadError
+from data_prep.operations import Job
 from tests.data_prep.dicom_factories import make_slice
 
 
@@ -115,3 +116,19 @@ def test_padding_of_a_signed_image_written_with_an_unsigned_type_is_found():
     image.add_new("PixelPaddingValue", "US", 63536)
     found, notes = render(image)
     assert (found[0] == 0).all() and found[1:].max() == 65535 and "padding set to background" in notes
+
+
+@pytest.mark.parametrize(
+    ("attributes", "note"),
+    [
+        ({"PixelSpacing": ["0.2", "0.1"]}, "pixels are 2 times as high as wide (PixelSpacing)"),
+        ({"PixelSpacing": [0, 0], "PixelAspectRatio": [1, 2]}, "pixels are 0.5 times as high as wide (PixelAspectRatio)"),
+        ({"PixelSpacing": ["0.1", "0.1"], "PixelAspectRatio": [1, 2]}, None),
+    ],
+)  # fmt: skip
+def test_pixels_that_are_not_square_are_reported(tmp_path, attributes, note):
+    path = tmp_path / "one.dcm"
+    _image(RAMP, **attributes).save_as(path, enforce_file_format=True)
+    outcome = projection(Job((path,), tmp_path / "one.png", tmp_path / "one.png", {}))
+    found = [one for one in outcome.notes if "as high as wide" in one]
+    assert found == ([note] if note else [])
