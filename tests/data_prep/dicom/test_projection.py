@@ -121,8 +121,8 @@ def test_padding_of_a_signed_image_written_with_an_unsigned_type_is_found():
 @pytest.mark.parametrize(
     ("attributes", "note"),
     [
-        ({"PixelSpacing": ["0.2", "0.1"]}, "pixels are 2 times as high as wide (PixelSpacing)"),
-        ({"PixelSpacing": [0, 0], "PixelAspectRatio": [1, 2]}, "pixels are 0.5 times as high as wide (PixelAspectRatio)"),
+        ({"PixelSpacing": ["0.2", "0.1"]}, "2 times as high as wide (PixelSpacing)"),
+        ({"PixelSpacing": [0, 0], "PixelAspectRatio": [1, 2]}, "0.5 times as high as wide (PixelAspectRatio)"),
         ({"PixelSpacing": ["0.1", "0.1"], "PixelAspectRatio": [1, 2]}, None),
     ],
 )  # fmt: skip
@@ -131,4 +131,4 @@ def test_pixels_that_are_not_square_are_reported(tmp_path, attributes, note):
     _image(RAMP, **attributes).save_as(path, enforce_file_format=True)
     outcome = projection(Job((path,), tmp_path / "one.png", tmp_path / "one.png", {}))
     found = [one for one in outcome.notes if "as high as wide" in one]
-    assert found == ([note] if note else [])
+    assert found == ([f"pixels are {note}"] if note else [])
