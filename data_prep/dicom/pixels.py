@@ -27,6 +27,8 @@ _JPEG = {f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 57, 70)}
 _JPEG_LS = {f"1.2.840.10008.1.2.4.{number}" for number in (80, 81)}
 #: JPEG, JPEG-LS and JPEG 2000, whose streams begin with a size of their own
 _WITH_SIZE = "1.2.840.10008.1.2.4."
+#: first bytes of a stream of JPEG and JPEG-LS, and of JPEG 2000
+_STARTS = (b"\xff\xd8\xff", b"\xff\x4f\xff")
 #: two bytes of RLE hold 128 at most
 _MAX_RLE_RATIO = 64
 #: no limit by format for the others (a blank JPEG 2000 frame has next to no bytes), so one for frames that are large
@@ -46,6 +48,9 @@ def decode(dataset: Any) -> np.ndarray:
     """
     syntax, frames = str(dataset.file_meta.get("TransferSyntaxUID", "")), []
     try:
+        if syntax in UNCOMPRESSED:
+            _check_length(dataset)
+            _check_bits(dataset)
         pixels = _native_pixels(dataset)
         if pixels is not None:
             return pixels
@@ -69,6 +74,24 @@ def decode(dataset: Any) -> np.ndarray:
         raise
     except Exception as error:
         raise DicomReadError("unreadable-pixels", "no decoder can read the pixel data") from error
+
+
+def _check_length(dataset: Any) -> None:
+    """Refuse pixel data that holds a frame more than the header knows of: what lies where is then not known."""
+    count, rows, columns, samples, bits = (
+        int(dataset.get(name) or 1)
+        for name in ("NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "BitsAllocated")
+    )
+    frame, length = rows * columns * samples * bits / 8, len(dataset.get("PixelData") or b"")
+    if length >= (count + 1) * frame:
+        raise DicomReadError("unreadable-pixels", f"the pixel data holds more than its {count} frames")
+
+
+def _check_bits(dataset: Any) -> None:
+    """Refuse values that do not end at their lowest bit: some readers shift them, some do not."""
+    stored, high = dataset.get("BitsStored"), dataset.get("HighBit")
+    if stored is not None and high is not None and int(high) != int(stored) - 1:
+        raise DicomReadError("unreadable-pixels", f"HighBit {int(high)} does not fit BitsStored {int(stored)}")
 
 
 def _is_full_width(dataset: Any) -> bool:
@@ -97,7 +120,8 @@ def checked_frames(dataset: Any) -> list[bytes]:
         ValueError: the fragments are damaged.
     """
     count = int(dataset.get("NumberOfFrames") or 1)
-    last = parse_fragments(dataset.PixelData)[1][-1]
+    table, *items = parse_fragments(dataset.PixelData)[1]
+    last = items[-1] if items else table
     if last + 8 + int.from_bytes(dataset.PixelData[last + 4 : last + 8], "little") > len(dataset.PixelData):
         # pydicom hands out what there is, and some decoders make an image of it.
         raise DicomReadError("unreadable-pixels", "the last fragment of the pixel data is cut off")
@@ -108,6 +132,10 @@ def checked_frames(dataset: Any) -> list[bytes]:
     if len(frames) < count:
         raise DicomReadError("unreadable-pixels", f"{len(frames)} compressed streams for {count} frames")
     syntax = str(dataset.file_meta.TransferSyntaxUID)
+    # Without a table of offsets, fragments beyond the last frame are taken for parts of it.
+    starts = [at for at in items if syntax == RLELossless or dataset.PixelData[at + 8 : at + 11] in _STARTS]
+    if max(len(frames), len(starts)) > count:
+        raise DicomReadError("unreadable-pixels", f"the pixel data holds more than its {count} frames")
     rows, columns, bits = int(dataset.Rows), int(dataset.Columns), int(dataset.BitsAllocated)
     samples = int(dataset.get("SamplesPerPixel") or 1)
     for frame in frames:

@@ -249,7 +249,11 @@ class Dicom(IntensityOptions, Source):
             paths = sorted({one.path for one in group})
             try:
                 if "MOSAIC" in group[0].facts["words"]:
-                    volumes.append(self._plan_mosaic(series, number, group, ref))
+                    one = self._plan_mosaic(series, number, group, ref)
+                    book.skip(
+                        [p for p in paths if p not in one.make.inputs], "not-taken", "another time point was taken"
+                    )
+                    volumes.append(one)
                     continue
                 if len(group) == 1:
                     book.skip([ref, *paths], "single-slice", "one slice has no slice spacing")

@@ -112,6 +112,37 @@ def test_bytes_missing_inside_a_stream_are_noticed(name):
         decode(dataset)
 
 
+@pytest.mark.parametrize("name", ["plain", "ts_rle", "ts_j2k_lossless", "ts_jpegls", "ts_jpeg_lossless"])
+@pytest.mark.parametrize("with_table", [False, True])
+def test_more_pixels_than_frames_are_refused(name, with_table):
+    """A description of a frame was lost, or their number: which pixels belong to which place is not known."""
+    dataset = make_slice(0) if name == "plain" else _sample(name)
+    if name == "plain":
+        assert decode(dataset).shape == (12, 10)
+        dataset.PixelData += b"\0\0"  # a few bytes more than needed do no harm
+        assert decode(dataset).shape == (12, 10)
+        dataset.PixelData = make_slice(0).PixelData * 2
+    else:
+        dataset.PixelData = encapsulate([bytes(_frame(dataset))] * 2, has_bot=with_table)
+    with pytest.raises(DicomReadError, match="more"):
+        decode(dataset)
+
+
+def test_high_bit_that_contradicts_the_number_of_bits_is_refused():
+    """12 bits of 16, flush left or merely described wrongly: GDCM shifts, pydicom does not."""
+    dataset = make_slice(0)
+    dataset.BitsStored, dataset.HighBit = 12, 15
+    with pytest.raises(DicomReadError, match="HighBit 15"):
+        decode(dataset)
+
+
+def test_frame_in_several_fragments_is_read():
+    dataset = _sample("ts_j2k_lossless")
+    good = decode(dataset)
+    dataset.PixelData = encapsulate([bytes(_frame(dataset))], fragments_per_frame=3, has_bot=False)
+    np.testing.assert_array_equal(decode(dataset), good)
+
+
 def test_fewer_streams_than_frames_are_refused():
     dataset = _sample("ts_rle")
     dataset.NumberOfFrames = "2000"

@@ -122,6 +122,7 @@ def test_mosaic_is_unfolded_with_proven_geometry(tmp_path):
     assert convert_tree(Dicom(time="first"), MORE / "dicom_edge" / "mosaic_siemens", tmp_path / "out") == 0
     (path,) = (tmp_path / "out" / "images").iterdir()
     assert nibabel.load(path).shape == (64, 64, 36)
+    assert _files(tmp_path / "out") == {("ok", ""), ("skipped", "not-taken")}
 
 
 @more

@@ -299,8 +299,17 @@ def _times_half_a_step_apart(one: FileDataset) -> None:
         item.ImagePositionPatient = [-20, -30, 40 + 2.5 * (number - 6) + 1.25]
 
 
+def _lost_description(one: FileDataset) -> None:
+    """The pixels of the third frame are still there, so those of all that follow would move up by one place."""
+    del one.PerFrameFunctionalGroupsSequence[2]
+    one.NumberOfFrames = "5"
+    for number, frame in enumerate(one.PerFrameFunctionalGroupsSequence):
+        frame.PlanePositionSequence[0].ImagePositionPatient = [-20, -30, 40 + 2.5 * number]
+
+
 ENHANCED: dict[str, tuple[Callable[[FileDataset], None], dict[str, Any], str, int]] = {
     "a frame with other spacing": (_frame_spacings, {}, "mixed-spacings", 0),
+    "a frame whose description is lost": (_lost_description, {}, "unreadable-pixels", 0),
     "a frame without rescale": (_frame_rescales, {}, "bad-rescale", 0),
     "a frame without position": (_frame_without_position, {}, "no-position", 0),
     "two b-values": (_b_values, {"times": 2}, "", 2),
