@@ -114,13 +114,20 @@ def provenance(device: str) -> dict[str, Any]:
 
     from monai_mamba import __version__
 
+    # Where a folder lies on one computer says nothing to others.
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *(f'"{word}"' if " " in word else word for word in words)]),
         "versions": {
             "monai-mamba": __version__,
             "nnunetv2": version("nnunetv2"),
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "device": device},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "device": device,
+        },
     }

@@ -1,6 +1,7 @@
 """Compare output heads, normalisations and optimisers of nnMambaTrainer in short nnU-Net runs.
 
-    python benchmarks/nnunet_variants.py Task04_Hippocampus --output benchmarks/results/nnunet_variants.json
+    OMP_NUM_THREADS=1 python benchmarks/nnunet_variants.py Task04_Hippocampus --repeats 3 \\
+        --output benchmarks/results/nnunet_variants.json
 
 Takes some cases of the decathlon's hippocampus set for training, others for testing, plans and preprocesses them with
 nnU-Net, trains every variant for the same number of iterations on the same plan and fold, predicts the test cases
@@ -16,6 +17,7 @@ import json
 import os
 import random
 import shutil
+import statistics
 from pathlib import Path
 
 from nnunet_runs import TRAINERS, Job, cases_by_person, provenance, write_raw
@@ -108,6 +110,7 @@ def main() -> None:
             rows.append(measure(name, repeat, arguments, raw, structures, job))
             print(json.dumps(rows[-1]), flush=True)
             write_results(arguments, rows, list(structures))
+    write_results(arguments, rows, list(structures))
 
 
 def measure(
@@ -146,12 +149,17 @@ def write_results(arguments: argparse.Namespace, rows: list[dict], structures: l
     }
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     table = [
-        "| variant | iterations | " + " | ".join(f"Dice {s}" for s in structures) + " | training, s |",
-        "|" + " --- |" * (len(structures) + 3),
+        "| variant | iterations | runs | " + " | ".join(f"Dice {s}" for s in structures) + " | mean Dice (lowest) |",
+        "|" + " --- |" * (len(structures) + 4),
     ]
-    for row in rows:
-        dice = " | ".join(f"{row['dice'][s]:.3f}" for s in structures)
-        table.append(f"| {row['variant']} | {row['iterations']} | {dice} | {row['train_seconds']:.0f} |")
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        runs = [row for row in rows if row["variant"] == variant]
+        means = [statistics.mean(row["dice"].values()) for row in runs]
+        dice = " | ".join(", ".join(f"{row['dice'][s]:.3f}" for row in runs) for s in structures)
+        table.append(
+            f"| {variant} | {runs[0]['iterations']} | {len(runs)} | {dice} | "
+            f"{statistics.mean(means):.3f} ({min(means):.3f}) |"
+        )
     arguments.output.with_suffix(".md").write_text("\n".join(table) + "\n")
 
 
