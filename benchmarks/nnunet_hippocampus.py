@@ -56,7 +56,7 @@ CONTESTANTS = {
         Contestant("nnUNetTrainer", "BenchmarkNNUNet", "3d_fullres"),
         Contestant("nnMambaTrainer", "BenchmarkNNMamba", "3d_fullres"),
         Contestant("nnMambaTrainerNoSSM", "BenchmarkNNMambaNoSSM", "3d_fullres"),
-        Contestant("nnMambaTrainerConv1x1", "BenchmarkNNMambaConv1x1", "3d_fullres"),
+        Contestant("nnMambaTrainerPublishedHead", "BenchmarkNNMambaPublishedHead", "3d_fullres"),
         Contestant("nnUNetTrainer", "BenchmarkNNUNet", "2d"),
         Contestant("MedMambaTrainer", "BenchmarkMedMamba", "2d"),
     )
@@ -309,7 +309,8 @@ def paper_comparison() -> list[dict[str, Any]]:
         deep_supervision=False,
     )
     found = []
-    for name, network in (("nnU-Net", unet), ("nnMamba", NNMambaSeg(3, 1, 16))):
+    published, default = NNMambaSeg(3, 1, 16), NNMambaSeg(3, 1, 16, head="conv1x1")
+    for name, network in (("nnU-Net", unet), ("nnMamba as published", published), ("nnMambaTrainer", default)):
         counts = count(network, (1, 1, *size))
         found.append({"network": name, "parameters": counts.parameters, "macs": counts.macs})
     return found
@@ -360,13 +361,17 @@ def table(rows: list[dict], summary: list[dict], paper: list[dict]) -> list[str]
 
 def paper_line(paper: list[dict]) -> str:
     """Say how large both networks are in the paper's case."""
-    unet, mamba = paper
-    return (
-        "One volume of 128 x 128 x 128, 16 classes: "
-        f"nnU-Net {unet['parameters'] / 1e6:.2f} M parameters and {unet['macs'] / 1e9:.1f} GMACs, "
-        f"nnMamba {mamba['parameters'] / 1e6:.2f} M and {mamba['macs'] / 1e9:.1f}: "
-        f"{mamba['parameters'] / unet['parameters']:.2f} and {mamba['macs'] / unet['macs']:.2f} of it."
+    unet, *others = paper
+    line = (
+        f"One volume of 128 x 128 x 128, 16 classes: {unet['network']} {unet['parameters'] / 1e6:.2f} M parameters and "
+        f"{unet['macs'] / 1e9:.1f} GMACs"
     )
+    for other in others:
+        line += (
+            f"; {other['network']} {other['parameters'] / 1e6:.2f} M and {other['macs'] / 1e9:.1f} "
+            f"({other['parameters'] / unet['parameters']:.2f} and {other['macs'] / unet['macs']:.2f} of it)"
+        )
+    return line + "."
 
 
 def draw(summary: list[dict], path: Path) -> None:

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 from monai_mamba.nnunet.trainer import MambaTrainer
 
+#: Logits of either sign. After the published head, BatchNorm and ReLU, a class can stay at zero for a whole run:
+#: docs/nnunet.md, "Why these defaults".
+HEAD = {"head": "conv1x1"}
+
 
 class nnMambaTrainer(MambaTrainer):
-    """nnMamba as published, with AdamW; what to use."""
+    """nnMamba with a 1x1 convolution as the last layer, and AdamW; what to use."""
 
-
-class nnMambaTrainerConv1x1(nnMambaTrainer):
-    """A 1x1 convolution as the last layer instead of BatchNorm and ReLU: logits of either sign."""
-
-    network_arguments = {"head": "conv1x1"}  # noqa: RUF012
+    network_arguments = HEAD
 
 
 class nnMambaTrainerNoSSM(nnMambaTrainer):
     """The same network without scans, to measure what they are worth."""
 
-    network_arguments = {"mixer": "none"}  # noqa: RUF012
+    network_arguments = HEAD | {"mixer": "none"}
+
+
+class nnMambaTrainerPublishedHead(nnMambaTrainer):
+    """The published last layers, two convolutions with BatchNorm and ReLU."""
+
+    network_arguments = {"head": "double_conv"}  # noqa: RUF012
+
+
+class nnMambaTrainerPublished(nnMambaTrainerPublishedHead):
+    """The network as published and the optimiser of the authors too: Adam at 2e-4."""
+
+    optimizer_name = "adam"
+    learning_rate = 2e-4
 
 
 class nnMambaTrainerNoAMP(nnMambaTrainer):
@@ -31,13 +44,6 @@ class nnMambaTrainerNoDeepSupervision(nnMambaTrainer):
     """Loss at full resolution only."""
 
     with_deep_supervision = False
-
-
-class nnMambaTrainerPublished(nnMambaTrainer):
-    """The optimiser of the authors too: Adam at 2e-4."""
-
-    optimizer_name = "adam"
-    learning_rate = 2e-4
 
 
 class nnMambaTrainerSGD(nnMambaTrainer):
@@ -66,7 +72,7 @@ class nnMambaTrainer_250epochs(nnMambaTrainer):
 class nnMambaTrainerQuick(nnMambaTrainer):
     """A short run for a CPU: half the width, two images a batch, eight epochs of 50 iterations."""
 
-    network_arguments = {"init_filters": 16}  # noqa: RUF012
+    network_arguments = HEAD | {"init_filters": 16}
     epochs = 8
     iterations_per_epoch = 50
     val_iterations_per_epoch = 5
@@ -77,4 +83,4 @@ class nnMambaTrainerQuick(nnMambaTrainer):
 class nnMambaTrainerQuickNoSSM(nnMambaTrainerQuick):
     """The short run without scans."""
 
-    network_arguments = {"init_filters": 16, "mixer": "none"}  # noqa: RUF012
+    network_arguments = HEAD | {"init_filters": 16, "mixer": "none"}

@@ -14,7 +14,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_trainers.MedMambaTrainer import MedMambaTrainer
-from nnunet_trainers.nnMambaTrainer import nnMambaTrainer, nnMambaTrainerConv1x1, nnMambaTrainerNoSSM
+from nnunet_trainers.nnMambaTrainer import nnMambaTrainer, nnMambaTrainerNoSSM, nnMambaTrainerPublishedHead
 
 MEASURED_FILE = "measured.json"
 
@@ -74,8 +74,8 @@ class BenchmarkNNMamba(_Measured, nnMambaTrainer):
     """nnMambaTrainer."""
 
 
-class BenchmarkNNMambaConv1x1(_Measured, nnMambaTrainerConv1x1):
-    """nnMambaTrainerConv1x1."""
+class BenchmarkNNMambaPublishedHead(_Measured, nnMambaTrainerPublishedHead):
+    """nnMambaTrainerPublishedHead."""
 
 
 class BenchmarkNNMambaNoSSM(_Measured, nnMambaTrainerNoSSM):

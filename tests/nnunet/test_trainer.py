@@ -129,10 +129,11 @@ def test_state_space_parameters_do_not_decay(make_trainer):
 @pytest.mark.parametrize(
     ("name", "optimizer", "head"),
     [
-        ("nnMambaTrainer", torch.optim.AdamW, "DoubleConv"),
-        ("nnMambaTrainerConv1x1", torch.optim.AdamW, "Conv3d"),
+        ("nnMambaTrainer", torch.optim.AdamW, "Conv3d"),
+        ("nnMambaTrainerNoSSM", torch.optim.AdamW, "Conv3d"),
+        ("nnMambaTrainerPublishedHead", torch.optim.AdamW, "DoubleConv"),
         ("nnMambaTrainerPublished", torch.optim.Adam, "DoubleConv"),
-        ("nnMambaTrainerSGD", torch.optim.SGD, "DoubleConv"),
+        ("nnMambaTrainerSGD", torch.optim.SGD, "Conv3d"),
     ],
 )
 def test_variants_differ_as_named(make_trainer, name, optimizer, head):
@@ -321,7 +322,7 @@ def test_checkpoint_round_trip_continues_the_run(make_trainer, tmp_path):
     assert trainer.train_step(batch)["loss"] == other.train_step(batch)["loss"]
 
 
-@pytest.mark.parametrize("name", ["nnMambaTrainerQuick", "nnMambaTrainerConv1x1"])
+@pytest.mark.parametrize("name", ["nnMambaTrainerQuick", "nnMambaTrainerPublishedHead"])
 def test_pretrained_weights_load_into_a_network_for_other_classes(make_trainer, tmp_path, name):
     from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
