@@ -258,6 +258,14 @@ def plain(dataset: Dataset, name: str) -> Any:
     return values if len(values) > 1 else values[0]
 
 
+def whole(dataset: Dataset, name: str, default: int = 0) -> int:
+    """Value of an attribute of type US, without pydicom's conversion, for the same reason; `default` when empty."""
+    element = dataset.get_item(_tag(name))
+    if isinstance(element, RawDataElement) and element.VR in ("US", None) and len(element.value or b"") == 2:
+        return int.from_bytes(element.value, "little" if element.is_little_endian else "big")
+    return default if element is None else int(dataset.get(name) or default)
+
+
 # An element without VR stands in a file of implicit VR, and what it is follows from its name.
 _TEXT_VR = frozenset(["DS", "IS", "CS", "LO", "PN", "UI", "SH", None])
 

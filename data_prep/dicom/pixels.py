@@ -17,6 +17,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate, generate_frames, parse_fragments
 from pydicom.uid import RLELossless
 
+from data_prep.dicom.headers import plain, whole
 from data_prep.errors import DicomReadError
 
 #: transfer syntaxes of plain values; in the deflated one, the file is unpacked as a whole
@@ -78,9 +79,9 @@ def decode(dataset: Any) -> np.ndarray:
 
 def _check_length(dataset: Any) -> None:
     """Refuse pixel data that holds a frame more than the header knows of: what lies where is then not known."""
-    count, rows, columns, samples, bits = (
-        int(dataset.get(name) or 1)
-        for name in ("NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "BitsAllocated")
+    count = int(plain(dataset, "NumberOfFrames") or 1)
+    rows, columns, samples, bits = (
+        whole(dataset, name, 1) for name in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated")
     )
     frame, length = rows * columns * samples * bits / 8, len(dataset.get("PixelData") or b"")
     if length >= (count + 1) * frame:
@@ -89,9 +90,9 @@ def _check_length(dataset: Any) -> None:
 
 def _check_bits(dataset: Any) -> None:
     """Refuse values that do not end at their lowest bit: some readers shift them, some do not."""
-    stored, high = dataset.get("BitsStored"), dataset.get("HighBit")
-    if stored is not None and high is not None and int(high) != int(stored) - 1:
-        raise DicomReadError("unreadable-pixels", f"HighBit {int(high)} does not fit BitsStored {int(stored)}")
+    stored, high = whole(dataset, "BitsStored", -1), whole(dataset, "HighBit", -1)
+    if stored >= 0 and high >= 0 and high != stored - 1:
+        raise DicomReadError("unreadable-pixels", f"HighBit {high} does not fit BitsStored {stored}")
 
 
 def _is_full_width(dataset: Any) -> bool:
@@ -223,16 +224,16 @@ def _native_pixels(dataset: Any) -> np.ndarray | None:
     pydicom takes a millisecond per slice for the same, a quarter of the time of a conversion; it is left everything
     else, and the naming of faults (``None``).
     """
-    bits, used, high = (int(dataset.get(name) or 0) for name in ("BitsAllocated", "BitsStored", "HighBit"))
+    bits, used, high = (whole(dataset, name) for name in ("BitsAllocated", "BitsStored", "HighBit"))
     data = dataset.get("PixelData")
     is_plain = str(dataset.file_meta.get("TransferSyntaxUID", "")) in _LITTLE_ENDIAN and isinstance(data, bytes)
-    if not is_plain or bits not in (8, 16, 32) or high != used - 1 or int(dataset.get("SamplesPerPixel") or 0) != 1:
+    if not is_plain or bits not in (8, 16, 32) or high != used - 1 or whole(dataset, "SamplesPerPixel") != 1:
         return None
-    shape = [int(dataset.get("NumberOfFrames") or 1), int(dataset.Rows), int(dataset.Columns)]
+    shape = [int(plain(dataset, "NumberOfFrames") or 1), whole(dataset, "Rows"), whole(dataset, "Columns")]
     count = shape[0] * shape[1] * shape[2]
     if not 0 < count * bits // 8 <= len(data) or not 0 < used <= bits:
         return None
-    kind = "i" if int(dataset.get("PixelRepresentation") or 0) == 1 else "u"
+    kind = "i" if whole(dataset, "PixelRepresentation") == 1 else "u"
     pixels = np.frombuffer(data, f"<{kind}{bits // 8}", count)
     if used < bits:
         # What stands above the highest bit is not part of the value; shifting down again extends the sign.
