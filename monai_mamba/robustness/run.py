@@ -140,6 +140,8 @@ def draw_curves(summary: Mapping[str, Any]) -> Figure:
                 range(len(figures)), [one["value"] for one in figures], marker="os^DvP*X"[index % _COLORS],
                 markersize=4, color=color_of(index) if index < _COLORS - 1 else "0.3", label=name.replace("_", " "),
             )  # fmt: skip
+        # One scale for all shares: a zoomed one makes much of little.
+        panel.set_ylim(*((0, None) if metric.startswith("mre_mm") else (-0.02, 1.02)))
         panel.set_title(plain(metric_name(metric)), fontsize=10)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DistributedSampler, RandomSampler, Sampler, WeightedRandomSampler
 
-from monai_mamba.errors import CheckpointError, DatasetError
+from monai_mamba.errors import CheckpointError, DatasetError, MonaiMambaError
 
 BALANCE = ("none", "weights", "sampler")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -37,6 +38,28 @@ def model_card(ckpt_dir: os.PathLike[str] | str, default: dict[str, Any]) -> dic
     """Return what the network in ``ckpt_dir`` was trained for, completed by ``default``."""
     card = Path(ckpt_dir) / MODEL_CARD
     return {**default, **(json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {})}
+
+
+def show_errors_in_one_line() -> None:
+    """Let ``python -m monai.bundle`` end with an error of this package in one line, as ``monai-mamba`` does.
+
+    MONAI wraps what a component raises, several times, so that the reason stands in the middle of many lines and the
+    last one asks for a debugger. ``MONAI_MAMBA_TRACEBACK=1`` shows all of it. Programs of others are left alone.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or not spec.name.startswith("monai.bundle") or os.environ.get("MONAI_MAMBA_TRACEBACK"):
+        return
+
+    def show(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        own: BaseException | None = error
+        while own is not None and not isinstance(own, MonaiMambaError):
+            own = own.__cause__ or own.__context__
+        if own is None:
+            sys.__excepthook__(kind, error, traceback)
+        else:
+            print(f"error: {' '.join(str(own).split())}", file=sys.stderr)
+
+    sys.excepthook = show
 
 
 def seed_everything(seed: int, epoch: int = 0, rank: int = 0) -> None:

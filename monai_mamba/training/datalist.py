@@ -124,10 +124,16 @@ def load_cases(
         names = landmark_names(dataset_dir)
         for case in cases:
             case["landmarks"] = _read_landmarks(case, names, source)
+        unknown = np.isnan(np.stack([case["landmarks"] for case in cases])).all((0, 2))
+        if section == "training" and unknown.any():
+            lacking = ", ".join(name for name, is_unknown in zip(names, unknown, strict=True) if is_unknown)
+            raise DatasetError(f"{source}: no case of `training` has the landmark {lacking}")
     elif not is_unlabeled and not has_label_maps and ("classes" in manifest or "labels" in manifest):
         _check_labels(cases, class_names(dataset_dir), source, section)
     if on_corrupt == "drop":
         cases = _without_corrupt(cases, source)
+    if has_label_maps and section == "training":
+        _check_structures(cases, structure_names(dataset_dir), source)
     for case in cases:
         if isinstance(case.get("label"), list):  # lists would be collated by class, not by case
             label, mask = np.asarray(case["label"], dtype=np.float32), case.pop("label_mask", None)
@@ -341,6 +347,23 @@ def _check_labels(cases: list[dict[str, Any]], classes: list[str], source: Path,
 
 def _is_zeros_and_ones(values: Any, number: int) -> TypeGuard[list[int]]:
     return isinstance(values, list) and len(values) == number and all(value in (0, 1) for value in values)
+
+
+def _check_structures(cases: list[dict[str, Any]], names: list[str], source: Path) -> None:
+    """Refuse a structure that no label map holds; reads as many as it takes to see all, most often the first ones."""
+    import nibabel as nib
+
+    missing = set(range(1, len(names)))
+    for case in cases:
+        if not missing:
+            return
+        try:
+            missing -= set(np.unique(nib.load(case["label"]).dataobj).tolist())  # type: ignore[attr-defined]
+        except Exception:
+            return  # a file that cannot be read, or is no NIfTI, is refused with its name when its turn comes
+    if missing:
+        absent = ", ".join(names[value] for value in sorted(missing))
+        raise DatasetError(f"{source}: no label map of `training` holds the structure {absent}")
 
 
 def _without_corrupt(cases: list[dict[str, Any]], source: Path) -> list[dict[str, Any]]:

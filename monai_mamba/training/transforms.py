@@ -6,7 +6,7 @@ Everything else in the bundles is MONAI's own.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -189,6 +189,40 @@ class CheckLabelMapd(MapTransform):
             if wrong:
                 raise DatasetError(
                     f"{where}: holds the value {wrong[0]:g}; the data list names 0 to {self.num_classes - 1}"
+                )
+        return dict(data)
+
+
+class CheckLandmarksd(MapTransform):
+    """Refuse landmarks that lie outside their image as it was read; a case that lacks one has NaN.
+
+    Args:
+        keys: key with landmarks ``(landmarks, 3)`` in mm (RAS+).
+        names: of the landmarks, for messages.
+        image_key: the image, with its affine.
+
+    Raises:
+        DatasetError: naming case, landmark and place.
+    """
+
+    def __init__(self, keys: KeysCollection = "landmarks", names: Sequence[str] = (), image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.names = list(names)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        image = data[self.image_key]
+        size = np.array(image.shape[1:])
+        for key in self.key_iterator(dict(data)):
+            voxels = world_to_voxel(np.asarray(data[key]), np.asarray(image.affine, dtype=np.float64))
+            outside = ((voxels < -0.5) | (voxels > size - 0.5)).any(1)  # False for NaN
+            if outside.any():
+                index = int(outside.argmax())
+                name = self.names[index] if index < len(self.names) else str(index)
+                raise DatasetError(
+                    f"case {data.get('case')}: the landmark {name} lies at the voxel "
+                    f"{voxels[index].round(1).tolist()}, outside the image of {size.tolist()}; write null for one that "
+                    "the case does not have. Coordinates are in mm and RAS+ (LPS has the first two signs turned)"
                 )
         return dict(data)
 

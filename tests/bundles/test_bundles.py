@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -315,6 +318,22 @@ def test_refusals_name_what_is_wrong(bundle):
         run(bundle, "train", max_epochs=1, dataset_dir=str(bundle / "empty"))
     assert "datalist.json" in str(cause(caught.value, DatasetError))
     assert not (bundle / "models" / "model.pt").exists()
+
+
+def test_command_ends_with_the_reason_in_one_line(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "MONAI_MAMBA_TRACEBACK"}
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(ROOT / "medmamba" / "train.json")]
+    done = subprocess.run(
+        [*command, "--dataset_dir", str(tmp_path), "--ckpt_dir", "models", "--output_dir", "eval"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'datalist.json'}: no such file")
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_cases_damaged_after_the_check_are_left_out_of_training_validation_and_test(tmp_path, monkeypatch, caplog):

@@ -23,6 +23,10 @@ def test_command_writes_and_shows_the_figures(tmp_path, capsys):
     assert "p = 1" in output
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert report["metrics"]["accuracy"]["value"] == 0.8
+    assert "Never the most probable class" not in (tmp_path / "out" / "report.html").read_text()
+    table.write_text("case,label,prob_a,prob_b\n1,0,0.4,0.6\n2,1,0.3,0.7\n")
+    assert main(arguments) == 0
+    assert "Never the most probable class: a." in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_command_refuses_a_bad_table_in_one_line(tmp_path, capsys):

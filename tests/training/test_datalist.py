@@ -206,7 +206,11 @@ def landmark_list(folder, points, names=("a", "b")):
 
 
 def test_landmarks_become_an_array_with_nan_for_missing_ones(tmp_path):
-    [case] = load_cases(landmark_list(tmp_path, [[1, 2, 3.5], None]), "training")
+    folder = landmark_list(tmp_path, [[1, 2, 3.5], None])
+    manifest = json.loads((folder / "datalist.json").read_text())
+    manifest["test"] = manifest.pop("training")
+    (folder / "datalist.json").write_text(json.dumps(manifest))
+    [case] = load_cases(folder, "test")
     np.testing.assert_array_equal(case["landmarks"], [[1, 2, 3.5], [np.nan] * 3])
 
 
@@ -225,8 +229,24 @@ def test_landmarks_without_names_are_refused(tmp_path):
         load_cases(landmark_list(tmp_path, [], names=()), "training")
 
 
+def test_landmark_without_training_case_is_refused(tmp_path):
+    with pytest.raises(DatasetError, match=r"no case of `training` has the landmark b$"):
+        load_cases(landmark_list(tmp_path, [[1, 2, 3], None], names=("a", "b")), "training")
+
+
+def test_structure_without_training_case_is_refused(tmp_path):
+    for name, value in (("a.nii", 1), ("b.nii", 2)):
+        nib.save(nib.Nifti1Image(np.full((3, 3, 3), value, np.uint8), np.eye(4)), tmp_path / name)
+    cases = [{"image": name, "label": name} for name in ("a.nii", "b.nii")]
+    labels = {"background": 0, "organ": 1, "tumor": 2}
+    assert len(load_cases(write_files(tmp_path, {"labels": labels, "training": cases}, []), "training")) == 2
+    folder = write_files(tmp_path, {"labels": labels | {"cyst": 3}, "training": cases}, [])
+    with pytest.raises(DatasetError, match=r"no label map of `training` holds the structure cyst$"):
+        load_cases(folder, "training")
+
+
 def test_corrupt_volumes_and_label_maps_are_dropped(tmp_path, caplog):
-    nib.save(nib.Nifti1Image(np.zeros((3, 3, 3), np.uint8), np.eye(4)), tmp_path / "good.nii")
+    nib.save(nib.Nifti1Image(np.ones((3, 3, 3), np.uint8), np.eye(4)), tmp_path / "good.nii")
     cases = [{"image": "good.nii", "label": "bad.nii", "case": "x"}, {"image": "good.nii", "label": "good.nii"}]
     manifest = {"labels": {"background": 0, "organ": 1}, "training": cases}
     folder = write_files(tmp_path, manifest, ["bad.nii"])

@@ -23,6 +23,7 @@ from monai_mamba.training.label_maps import gather_references
 from monai_mamba.training.landmark_files import FoundLandmarks, write_landmark_table
 from monai_mamba.training.transforms import (
     CheckLabelMapd,
+    CheckLandmarksd,
     HeatMapsToLandmarksd,
     KeepAffined,
     LandmarksToHeatMapsd,
@@ -90,6 +91,19 @@ def test_heat_maps_move_with_an_augmented_volume(tmp_path):
         np.testing.assert_allclose(heat, seen, atol=0.15)  # voxels
         places.append(heat)
     assert np.ptp(places, axis=0).max() > 1
+
+
+def test_landmarks_outside_their_image_are_refused(tmp_path):
+    load = LoadImaged("image", image_only=True, ensure_channel_first=True)
+    check = CheckLandmarksd(names=["tip", "base"])
+    inside = np.vstack([voxel_to_world(np.array([[19.4, 0, 5]]), OBLIQUE), [np.nan] * 3])
+    data = load({"image": volume(tmp_path / "i.nii.gz"), "landmarks": inside, "case": "c9"})
+    np.testing.assert_array_equal(check(data)["landmarks"], inside)
+    lps = inside[0] * [-1, -1, 1]
+    with pytest.raises(
+        DatasetError, match=r"case c9: the landmark base lies at the voxel .* outside the image of \[20, 24"
+    ):
+        check({**data, "landmarks": np.vstack([inside[0], lps])})
 
 
 def test_window_is_of_the_positive_voxels_alone():

@@ -333,6 +333,11 @@ def _scores(metrics: Mapping[str, Any]) -> Section:
         )
         if metrics.get(key)
     ]
+    if "confusion_matrix" in metrics:
+        predicted = np.asarray(metrics["confusion_matrix"]["counts"]).sum(0)
+        never = [name for name, count in zip(metrics["classes"], predicted, strict=True) if count == 0]
+        if never:
+            warnings.append(f"Never the most probable class: {', '.join(never)}. Look at the AUC and the curves.")
     if "refused" in metrics.get("by_study", {}):
         warnings.append(f"No scores by study: {metrics['by_study']['refused']}.")
     if "comparison" in metrics:
