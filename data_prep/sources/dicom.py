@@ -256,7 +256,13 @@ class Dicom(IntensityOptions, Source):
                     volumes.append(one)
                     continue
                 if len(group) == 1:
-                    book.skip([ref, *paths], "single-slice", "one slice has no slice spacing")
+                    size = group[0].facts["rows"], group[0].facts["columns"]
+                    if any(len(o) > 1 and (o[0].facts["rows"], o[0].facts["columns"]) == size for o in groups):
+                        book.fail(
+                            [ref, *paths], "stray-slice", "it differs from its series in contrast, kernel or kind"
+                        )
+                    else:
+                        book.skip([ref, *paths], "single-slice", "one slice has no slice spacing")
                     continue
                 policy = Policy(self.tilt, self.uneven, self.time, self.min_slices)
                 stack = build_stacks(group, policy, lambda a, b: self._same_pixels(tree, a, b))[0]

@@ -179,6 +179,9 @@ VARIANTS: dict[str, tuple[Callable[[Series], Any], dict[str, Any], set[str]]] = 
     "kernels alternate": (_numbered("ConvolutionKernel", lambda k: ["B30f", "B70f"][k % 2]), {}, {""}),
     "echo times alternate": (_numbered("EchoTime", lambda k: ["10", "80"][k % 2]), {}, {""}),
     "b-values alternate": (_numbered("DiffusionBValue", lambda k: [0.0, 800.0][k % 2]), {}, {""}),
+    "last slice with another echo time": (
+        _half(lambda k, n: ["10", "80"][k == n - 1], "EchoTime"), {}, {"", "stray-slice"}
+    ),
     "polarities alternate": (_numbered("PhotometricInterpretation", lambda k: f"MONOCHROME{k % 2 + 1}"), {}, {""}),
 }  # fmt: skip
 
