@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# Minutes of CPU each; on a busy machine they take longer than a quick test may.
+pytestmark = pytest.mark.timeout(3600)
 FILE = Path(__file__).parents[2] / "benchmarks" / "learning.py"
 
 

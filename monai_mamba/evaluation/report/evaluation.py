@@ -502,7 +502,10 @@ def _robustness(folder: Path, targets: Sequence[str]) -> Section:
         raise DatasetError(f"{folder}: is about {', '.join(content['targets'])}, not about {', '.join(targets)}")
     metric = content["primary"]
     rows = [
-        [name.replace("_", " "), *(format_number(level["metrics"][metric]["value"]) for level in entry["levels"])]
+        [
+            _severities(name, entry),
+            *(format_number(level["metrics"][metric]["value"]) for level in entry["levels"]),
+        ]
         for name, entry in content["perturbations"].items()
     ]
     severities = [f"severity {level}" for level in range(1, 1 + max(len(row) - 1 for row in rows))]
@@ -512,7 +515,7 @@ def _robustness(folder: Path, targets: Sequence[str]) -> Section:
         f"{_interval(content['unchanged'][metric])}.",
         wide=_optional_picture(folder / "curves.png", "Metrics over the severity"),
         tables=[Table([f"{upper_first(metric_name(metric))} with", *severities], rows)],
-        notes=["What each severity means is in robustness.csv and docs/evaluation.md."],
+        notes=["In brackets: what the severities 1 to 5 mean. Intervals and the other figures are in robustness.csv."],
     )
 
 
@@ -563,6 +566,11 @@ def _overlays(
             "on the left."
         ],
     )
+
+
+def _severities(name: str, entry: Mapping[str, Any]) -> str:
+    levels = ", ".join(f"{level['level']:g}" for level in entry["levels"])
+    return f"{name.replace('_', ' ')} ({levels} {entry['unit']})"
 
 
 def upper_first(text: str) -> str:
