@@ -27,8 +27,13 @@ ENVIRONMENT_VARIABLE = "MONAI_MAMBA_BACKEND"
 #: Types that a kernel with float32 arithmetic takes.
 UP_TO_FLOAT32 = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
-#: A forward pass keeps the hidden state before every step whose index is a multiple of this.
+#: A forward pass keeps the hidden state before every step whose index is a multiple of this, but the first.
 STATE_INTERVAL = 64
+
+
+def num_saved_states(length: int) -> int:
+    """Return how many states of one channel a forward pass keeps; up to 64 steps need none."""
+    return (length - 1) // STATE_INTERVAL
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ class Backend:
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the output ``(B, L, D)`` in the type of ``u`` and, if asked, the states.
 
-        The states are those before the steps 0, 64, 128, ...: ``(B, ceil(L / 64), D, N)``, float32 or float64.
+        The states are those before the steps 64, 128, ...: ``(B, ceil(L / 64) - 1, D, N)``, float32 or float64.
         """
         raise BackendError(f"backend {self.name!r} has no selective scan")
 
@@ -160,7 +165,7 @@ class Backend:
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the sum over the routes ``(B, H, W, D)`` and, if asked, the states of :meth:`scan_forward`.
 
-        The states are those of the scan with one group per route: ``(B, ceil(L / 64), K * D, N)``. By default the
+        The states are those of the scan with one group per route: ``(B, ceil(L / 64) - 1, K * D, N)``. By default the
         routes are laid out as sequences for :meth:`scan_forward`; a backend with a fused kernel overrides this.
         """
         # The routes are added up in the type of the state.

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monai_mamba.ops.backends import STATE_INTERVAL, Backend
+from monai_mamba.ops.backends import STATE_INTERVAL, Backend, num_saved_states
 from monai_mamba.ops.reference import state_dtype
 
 _SUB_BLOCK = 8  # steps whose states the backward pass keeps at a time
@@ -145,12 +145,14 @@ class TorchBackend(Backend):
     def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states):
         chunks, _ = _prepare(u, delta, A, B, C, delta_bias, delta_softplus)
         y = torch.empty_like(chunks.u)
-        states = chunks.u.new_empty((*chunks.u.shape[:2], *chunks.A.shape)) if save_states else None
+        states = None
+        if save_states:
+            states = chunks.u.new_empty((u.shape[0], num_saved_states(u.shape[1]), *chunks.A.shape))
         for start, stop in _channel_blocks(chunks):
             part = chunks.channels(start, stop)
             h = _initial_states(part)
             if states is not None:
-                states[..., start:stop, :] = h
+                states[..., start:stop, :] = h[:, 1:]
             for step in range(part.u.shape[2]):
                 part.advance(h, step)
                 y[:, :, step, :, start:stop] = _readout(h, part.C[:, :, step])
@@ -168,7 +170,7 @@ class TorchBackend(Backend):
         grad_scan = grad_gated * F.silu(z.to(dtype)) if z is not None else grad_gated  # before the gate
         grad_y_chunks = _chunked(grad_scan.unflatten(2, (B.shape[2], -1)), steps)
         if states is not None:
-            states = states.unflatten(2, (B.shape[2], -1))  # (B, M, G, E, N)
+            states = F.pad(states.unflatten(2, (B.shape[2], -1)), (*(0, 0) * 3, 1, 0))  # (B, M, G, E, N), first zero
 
         grad_u, grad_delta = torch.zeros_like(chunks.u), torch.zeros_like(chunks.u)
         grad_A = torch.zeros_like(chunks.A)

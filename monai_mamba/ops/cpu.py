@@ -15,7 +15,7 @@ from torch import Tensor
 
 from monai_mamba.errors import BackendError
 from monai_mamba.ops import cpu_library
-from monai_mamba.ops.backends import STATE_INTERVAL, Availability, Backend, Call
+from monai_mamba.ops.backends import Availability, Backend, Call, num_saved_states
 
 _TYPES = {
     torch.float32: cpu_library.FLOAT32,
@@ -75,8 +75,8 @@ class CpuBackend(Backend):
         y = torch.empty(u.shape, dtype=u.dtype)
         states = None
         if save_states:
-            chunks = -(-u.shape[1] // STATE_INTERVAL)
-            states = torch.empty((u.shape[0], chunks, u.shape[2], A.shape[1]), dtype=torch.float32)
+            shape = (u.shape[0], num_saved_states(u.shape[1]), u.shape[2], A.shape[1])
+            states = torch.empty(shape, dtype=torch.float32)
         job = _sequence_job(u, delta, A, B, C, D, z, delta_bias, delta_softplus, states)
         job.y = _channel_view(y, job.channels)
         _run("scan_forward", job)
@@ -116,8 +116,8 @@ class CpuBackend(Backend):
         y = torch.empty(x.shape, dtype=torch.float32)
         states = None
         if save_states:
-            chunks = -(-x.shape[1] * x.shape[2] // STATE_INTERVAL)
-            states = torch.empty((x.shape[0], chunks, A.shape[0] * A.shape[1], A.shape[2]), dtype=torch.float32)
+            shape = (x.shape[0], num_saved_states(x.shape[1] * x.shape[2]), A.shape[0] * A.shape[1], A.shape[2])
+            states = torch.empty(shape, dtype=torch.float32)
         job = _map_job(x.shape, flat, A, D, delta_bias, routes, delta_softplus, states)
         job.y = _channel_view(y.flatten(1, 2), 0)
         _run("scan_forward", job)

@@ -27,7 +27,7 @@ MAX_TAPS = 64
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 ROUTE_CODES = {"row": 0, "column": 1, "row_reversed": 2, "column_reversed": 3}
 
-_ABI = 1
+_ABI = 2
 _STATUS = {
     1: "the C library refused the job (sizes, types or missing arrays)",
     2: "not enough memory for the work space of the scan",

@@ -193,8 +193,8 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states, backend)
     if not (save_states and backends.keeps_states(backend)):
         return y, u.new_empty(0, dtype=state_dtype(u))
     batch, length, channels = u.shape
-    num_states = (length + backends.STATE_INTERVAL - 1) // backends.STATE_INTERVAL
-    return y, u.new_empty((batch, num_states, channels, A.shape[1]), dtype=state_dtype(u))
+    shape = (batch, backends.num_saved_states(length), channels, A.shape[1])
+    return y, u.new_empty(shape, dtype=state_dtype(u))
 
 
 @torch.library.custom_op(
@@ -206,9 +206,14 @@ def _selective_scan_bwd(grad_y, states, u, delta, A, B, C, D, z, delta_bias, del
     implementation = _resolve(u, A, B, backend)
     with _full_precision(u):
         gradients = implementation.scan_backward(
-            grad_y, states if states.numel() else None, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+            grad_y, _saved(states), u, delta, A, B, C, D, z, delta_bias, delta_softplus
         )
     return [g.contiguous() for g in gradients if g is not None]
+
+
+def _saved(states: Tensor) -> Tensor | None:
+    # Not by the number of elements: up to 64 steps there are none to save.
+    return states if states.ndim == 4 else None
 
 
 @_selective_scan_bwd.register_fake

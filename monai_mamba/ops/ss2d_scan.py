@@ -10,7 +10,7 @@ from torch import Tensor
 from monai_mamba.ops import backends
 from monai_mamba.ops.reference import ss2d_scan_reference, state_dtype
 from monai_mamba.ops.routes import ROUTES
-from monai_mamba.ops.selective_scan import _check_tensors, _full_precision
+from monai_mamba.ops.selective_scan import _check_tensors, _full_precision, _saved
 
 
 def ss2d_scan(
@@ -153,8 +153,7 @@ def _(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, save_states, bac
     if not save_states:
         return y, x.new_empty(0, dtype=state_dtype(x))
     batch, height, width, channels = x.shape
-    num_states = (height * width + backends.STATE_INTERVAL - 1) // backends.STATE_INTERVAL
-    shape = (batch, num_states, A.shape[0] * channels, A.shape[2])
+    shape = (batch, backends.num_saved_states(height * width), A.shape[0] * channels, A.shape[2])
     return y, x.new_empty(shape, dtype=state_dtype(x))
 
 
@@ -165,10 +164,9 @@ def _(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, save_states, bac
 )
 def _ss2d_scan_bwd(grad_y, states, x, delta, A, B, C, D, delta_bias, routes, delta_softplus, backend):
     implementation = _resolve(x, A, backend)
-    known = states if states.numel() else None
     with _full_precision(x):
         gradients = implementation.ss2d_backward(
-            grad_y, known, x, delta, A, B, C, D, delta_bias, tuple(routes.split(",")), delta_softplus
+            grad_y, _saved(states), x, delta, A, B, C, D, delta_bias, tuple(routes.split(",")), delta_softplus
         )
     return [g.contiguous() for g in gradients if g is not None]
 

@@ -255,7 +255,7 @@ def _forward(p: _Problem, dtype: torch.dtype, save_states: bool, segments: int |
             constants = {k: v for k, v in p.constants().items() if k in ("N", "NP", "BD", "num_warps")}
             kernels.carry[(programs,)](A, starts, sums, channels, *counts, segments, **constants, BACKWARD=False)
         y = p.delta.new_empty(batch, length, groups, channels, dtype=dtype)
-        states = A.new_empty(batch, p.chunks, groups, channels, d_state) if save_states else None
+        states = A.new_empty(batch, p.chunks - 1, groups, channels, d_state) if save_states else None
         kernels.forward[(programs, segments)](
             *(*delta, *u, *B, *C, *_view(p.z, p.delta), A, A if p.D is None else p.D, bias, p.routes, starts, y),
             A if states is None else states,

@@ -73,8 +73,9 @@ def _place(pid, groups, blocks):
 
 
 # Pointers of inputs come with strides of batch, step and group; the last axis is dense. What the backend allocates is
-# dense: sequences (B, L, G, E), matrices (B, L, G, N), states (B, chunks, G, E, N), segments (B, segments, N, G, E).
-# A is (N, G, E), D and bias are (G, E). E: channels of a group, N: states, NP: N rounded up to a power of two.
+# dense: sequences (B, L, G, E), matrices (B, L, G, N), states (B, chunks - 1, G, E, N), segments
+# (B, segments, N, G, E). A is (N, G, E), D and bias are (G, E). E: channels of a group, N: states, NP: N rounded up to
+# a power of two.
 
 
 @triton.jit(do_not_specialize=["E"])
@@ -176,8 +177,8 @@ def forward(
     for step in range(s * segment, tl.minimum(L, (s + 1) * segment)):
         if SAVE:
             chunk = step // CHUNK
-            if step == chunk * CHUNK:
-                place = ((b * chunks + chunk) * groups + g) * E + d[None, :]
+            if (step == chunk * CHUNK) & (step > 0):
+                place = ((b * (chunks - 1) + chunk - 1) * groups + g) * E + d[None, :]
                 tl.store(states + place * N + n[:, None], h, mask=tile)
         x = tl.load(u + at * u_l, mask=channels, other=0.0).to(tl.float32)
         dt = tl.load(delta + at * delta_l, mask=channels, other=0.0).to(tl.float32) + shift
@@ -259,8 +260,8 @@ def backward(
         shift = tl.load(bias + g * E + d, mask=channels & BIAS, other=0.0)
         first = chunk * CHUNK
         steps = tl.minimum(L - first, CHUNK)
-        place = ((b * chunks + chunk) * groups + g) * E + d[None, :]
-        h = tl.load(states + place * N + n[:, None], mask=tile, other=0.0)
+        place = ((b * (chunks - 1) + chunk - 1) * groups + g) * E + d[None, :]
+        h = tl.load(states + place * N + n[:, None], mask=tile & (chunk > 0), other=0.0)
         pace = _pace(route, W, MAPPED)
         at = _position(first, route, L, H, W, MAPPED, WIDE)
         for i in range(0, steps):

@@ -84,7 +84,7 @@ def scan_job(arena: Arena) -> ScanJob:
             setattr(job, name, arena.array(rows))
             setattr(job, "grad_" + name, arena.array(rows))
     job.grad_B, job.grad_C = (arena.array(b * steps * groups * states) for _ in range(2))
-    job.states = arena.array(b * -(-steps // 64) * rows * states)
+    job.states = arena.array(b * (-(-steps // 64) - 1) * rows * states)
     return job
 
 

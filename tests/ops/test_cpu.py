@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -378,6 +380,22 @@ def test_instruction_set_follows_the_environment_variable():
         environment = {**__import__("os").environ, cpu_library.VARIANT_VARIABLE: name}
         out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert expected in out.stdout and name in out.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for the Linux way")
+def test_large_outputs_ask_for_huge_pages():
+    if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        pytest.skip("this kernel has no transparent huge pages")
+    u = torch.zeros(1, 2**15, 320)  # 42 MB: glibc keeps no blocks of that size for later
+    matrix, rates = torch.ones(1, 2**15, 1), -torch.ones(320, 1)
+    y = selective_scan(u, u, rates, matrix, matrix, channels_last=True, backend="cpu")
+    middle = y.data_ptr() + 4 * y.numel() // 2
+    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M)[1:]:
+        begin, end = (int(bound, 16) for bound in mapping.split(" ", 1)[0].split("-"))
+        if begin <= middle < end:
+            assert " hg" in mapping[mapping.index("VmFlags") :]
+            return
+    raise AssertionError("the output lies in no mapping")
 
 
 def test_subnormal_numbers_survive_in_the_calling_thread():

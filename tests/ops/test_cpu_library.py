@@ -200,7 +200,7 @@ def _scan_by_hand(library):
     a |= {name: array(tall) for name in ("y", "grad_u", "grad_delta", "grad_z")}
     a |= {"A": array(rows * states, 1.0, -2.0), "D": array(rows, 1.0), "delta_bias": array(rows, 1.0, -1.0)}
     a |= {"grad_A": array(rows * states), "grad_D": array(rows), "grad_delta_bias": array(rows)}
-    a |= {"grad_B": array(flat), "grad_C": array(flat), "states": array(batch * 2 * rows * states)}
+    a |= {"grad_B": array(flat), "grad_C": array(flat), "states": array(batch * rows * states)}
     job = cpu_library.ScanJob(batch, length, groups, channels, states, 1, length, 1, 0)
     for name, values in a.items():
         if name in ("B", "C"):

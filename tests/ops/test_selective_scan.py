@@ -240,10 +240,44 @@ def test_torch_backend_recomputes_states_it_was_not_given():
     arguments = [t.detach() for t in make_inputs(200).values()]
     implementation = get_backend("torch")
     y, states = implementation.scan_forward(*arguments, True, True)
-    assert states.shape == (2, 4, 8, 16)
+    assert states.shape == (2, 3, 8, 16)  # before the steps 64, 128 and 192
     with_states = implementation.scan_backward(torch.ones_like(y), states, *arguments, True)
     without = implementation.scan_backward(torch.ones_like(y), None, *arguments, True)
     assert all(torch.equal(a, b) for a, b in zip(with_states, without, strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 130])
+def test_forward_keeps_no_state_of_the_first_64_steps(length, monkeypatch):
+    """One state per 64 steps but the first, which starts from zero; the backward pass takes what there is."""
+    from monai_mamba.ops.backends import get_backend
+
+    arguments = [t.detach() for t in make_inputs(length).values()]
+    torch_backend, reference_backward = get_backend("torch"), get_backend("torch").scan_backward
+    _, expected = torch_backend.scan_forward(*[t.double() for t in arguments], True, True)
+    assert expected.shape == (2, (length - 1) // 64, 8, 16)
+    for name in ("torch", "cpu"):
+        backend = get_backend(name)
+        if not backend.availability().ok:
+            continue
+        y, states = backend.scan_forward(*arguments, True, True)
+        assert states.shape == expected.shape
+        if states.numel():
+            assert relative_error(states, expected) <= 1e-6
+        # The states of one backend serve the backward pass of another.
+        found = backend.scan_backward(torch.ones_like(y), expected.float(), *arguments, True)
+        for gradient, reference in zip(
+            found, reference_backward(torch.ones_like(y), states, *arguments, True), strict=True
+        ):
+            assert relative_error(gradient, reference) <= 1e-5
+
+    leaves = [t.requires_grad_() for t in arguments]
+    y = selective_scan(*leaves, delta_softplus=True, channels_last=True)
+    monkeypatch.setattr("monai_mamba.ops.cpu.CpuBackend.scan_forward", _must_not_run)
+    torch.autograd.grad(y.sum(), leaves)  # without a second forward pass
+
+
+def _must_not_run(*arguments):
+    raise AssertionError("the forward pass ran again")
 
 
 @pytest.mark.parametrize("present", [(), ("D", "z", "delta_bias")], ids=["bare", "full"])

@@ -37,7 +37,8 @@ def draw(*shape):
 def check(found, expected):
     for k, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert (a is None) == (b is None), k
-        if a is not None:
+        assert a is None or a.shape == b.shape, k
+        if a is not None and a.numel():  # up to 64 steps no states are kept
             scale = b.abs().max().clamp_min(1e-20) if b.abs().max() > 0 else 1
             assert ((a.double() - b).abs().max() / scale) <= 3e-6, (k, a, b)
 

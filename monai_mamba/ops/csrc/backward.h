@@ -199,7 +199,7 @@ INLINE float backward_prologue(const int softplus, const int gated, const backwa
             EACH grad[i] *= gate[i] * open[i];
             EACH store(s->y + at + i * LANES, x[i] * load(D + i * LANES));
         }
-        EACH largest = at_least(largest, magnitude(d[i]));
+        if (!EXP2_NEEDS_NO_BOUND) EACH largest = at_least(magnitude(d[i]), largest);
         EACH sum_D[i] += grad[i] * x[i];
         EACH store(s->step + at + i * LANES, d[i]);
         EACH store(s->drive + at + i * LANES, d[i] * x[i]);
@@ -365,7 +365,7 @@ static void backward_sequence(const mm_scan_job *job, const mm_partials *partial
         scale_rates(rates, N * MM_BLOCK);
         vector_in(job->D ? job->D + row : NULL, count, D);
         vector_in(job->delta_bias ? job->delta_bias + row : NULL, count, bias);
-        bias[3 * MM_BLOCK] = largest_magnitude(rates, N * MM_BLOCK);
+        bias[3 * MM_BLOCK] = fastest_rate(rates, N);
     }
     route_positions(job, g, (chunks - 1) * MM_CHUNK, MM_CHUNK, s->position[(chunks - 1) & 1]);
     for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
@@ -381,7 +381,10 @@ static void backward_sequence(const mm_scan_job *job, const mm_partials *partial
             backward_work w = begin_backward(job, b, g, channel, steps, position, accumulate, s);
             look_ahead ahead = i + 1 < own ? backward_rows_ahead(job, b, g, channel + MM_BLOCK, position)
                                            : backward_rows_ahead(job, b, g, begin * MM_BLOCK, following);
-            transpose_in(state_rows(job, b, g, chunk, channel), w.count, job->d_state, N, state);
+            if (chunk)
+                transpose_in(state_rows(job, b, g, chunk, channel), w.count, job->d_state, N, state);
+            else
+                memset(state, 0, tile * sizeof(float));
             backward_block_of(&w, N, kept + (size_t)i * per_block, state, B, C, sum_B, sum_C, &ahead, s);
             end_backward(&w, s);
         }

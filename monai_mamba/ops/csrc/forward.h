@@ -75,7 +75,7 @@ INLINE float forward_prologue(const int softplus, const int gated, const int acc
         EACH sum[i] = x[i] * load(D + GROUP_LANE(i));
         if (softplus) softplus_many(GROUP, &k, d);
         if (accumulate) EACH sum[i] += load_unaligned(row_at(&w->y, t + GROUP_ROW(i)) + GROUP_LANE(i));
-        EACH largest = at_least(largest, magnitude(d[i]));
+        if (!EXP2_NEEDS_NO_BOUND) EACH largest = at_least(magnitude(d[i]), largest);
         EACH store(step + i * LANES, d[i]);
         EACH store(drive + i * LANES, d[i] * x[i]);
         EACH store(y + i * LANES, sum[i]);
@@ -188,7 +188,7 @@ static void forward_states(const mm_scan_job *job, int64_t b, int64_t g, int64_t
         memset(state, 0, (size_t)N * MM_BLOCK * sizeof(float));
         vector_in(job->D ? job->D + first_channel : NULL, count, D);
         vector_in(job->delta_bias ? job->delta_bias + first_channel : NULL, count, bias);
-        fastest[0] = largest_magnitude(rates, N * MM_BLOCK);
+        fastest[0] = fastest_rate(rates, N);
     }
     route_positions(job, g, 0, MM_CHUNK, s->position[0]);
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -203,7 +203,7 @@ static void forward_states(const mm_scan_job *job, int64_t b, int64_t g, int64_t
             float *rates = fastest + MM_BLOCK, *state = rates + N * MM_BLOCK;
             int64_t channel = (begin + i) * MM_BLOCK;
             block_work w = begin_block(job, b, g, channel, steps, position, accumulate, s);
-            if (job->states) transpose_out(state_rows(job, b, g, chunk, channel), w.count, job->d_state, state);
+            if (job->states && chunk) transpose_out(state_rows(job, b, g, chunk, channel), w.count, job->d_state, state);
             float largest = forward_prologue_of(&w, D, bias, s);
             look_ahead ahead = i + 1 < own ? rows_ahead(job, b, g, channel + MM_BLOCK, position)
                                            : rows_ahead(job, b, g, begin * MM_BLOCK, following);
@@ -301,7 +301,7 @@ static void forward_single_state(const mm_scan_job *job, int64_t b, int64_t g, i
         matrix_tile(&job->B, b, g, position, steps, 1, 1, B);
         matrix_tile(&job->C, b, g, position, steps, 1, 1, C);
         route_positions(job, g, first + MM_CHUNK, MM_CHUNK, following);
-        if (job->states) memcpy(state_rows(job, b, g, chunk, first_channel), state, (size_t)filled * sizeof(float));
+        if (job->states && chunk) memcpy(state_rows(job, b, g, chunk, first_channel), state, (size_t)filled * sizeof(float));
         for (int64_t i = 0, together; i < own; i += together) {
             int64_t most = !wide ? 1 : (filled - i) / MM_BLOCK;
             together = (WIDEST == 4 && most >= 4 ? 4 : most >= 2 ? 2 : 1) * MM_BLOCK;

@@ -12,6 +12,9 @@
 #include <pthread.h>
 #define MM_THREADS 1
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <xmmintrin.h>
 #endif
@@ -252,7 +255,7 @@ static int bad_scan(const mm_scan_job *job, int backward) {
     if (bad_view(&job->u, 1) || bad_view(&job->delta, 1) || bad_view(&job->B, 1) || bad_view(&job->C, 1)) return 1;
     if (bad_view(&job->z, 0) || (job->merge && job->z.data)) return 1;
     if (!backward) return bad_view(&job->y, 1);
-    if (!job->states || !job->grad_A || !job->grad_B || !job->grad_C) return 1;
+    if ((!job->states && job->length > MM_CHUNK) || !job->grad_A || !job->grad_B || !job->grad_C) return 1;
     if ((job->D && !job->grad_D) || (job->delta_bias && !job->grad_delta_bias)) return 1;
     return bad_view(&job->grad_y, 1) || bad_view(&job->grad_u, 1) || bad_view(&job->grad_delta, 1) ||
            (job->z.data && bad_view(&job->grad_z, 1));
@@ -265,6 +268,29 @@ static int bad_conv(const mm_conv_job *job, int backward) {
     if (!backward) return bad_view(&job->y, 1);
     if (!job->grad_weight || (job->bias && !job->grad_bias)) return 1;
     return bad_view(&job->grad_y, 1) || bad_view(&job->grad_x, 1);
+}
+
+/* ---- fresh memory ---- */
+
+/* Large arrays are new memory from the system at almost every call. Touched in pages of 4 kB it costs as much as the
+ * arithmetic, and threads wait for each other there; in pages of 2 MB, which Linux gives for the asking where it is set
+ * up so, it costs a few percent. Asks for the whole pages inside the array only; memory that is there already stays. */
+static void ask_for_huge_pages(void *data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = (uintptr_t)1 << 21;
+    if (!data || bytes < 2 * (int64_t)page) return;
+    uintptr_t first = ((uintptr_t)data + page - 1) / page * page, last = ((uintptr_t)data + (uintptr_t)bytes) / page * page;
+    madvise((void *)first, last - first, MADV_HUGEPAGE); /* a refusal changes nothing but the speed */
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
+/* The same for an array that is about to be written. */
+static void ask_for_view(const mm_view *v, int64_t batch, int64_t length, int64_t groups, int64_t channels) {
+    if (!v->data || v->batch < 0 || v->step < 0 || v->group < 0) return;
+    int64_t elements = (batch - 1) * v->batch + (length - 1) * v->step + (groups - 1) * v->group + channels;
+    ask_for_huge_pages(v->data, elements * (v->dtype == MM_FLOAT32 ? 4 : 2));
 }
 
 /* ---- jobs ---- */
@@ -330,6 +356,9 @@ EXPORT int mm_scan_forward(const mm_scan_job *job, int64_t index, int64_t thread
     if (bad_scan(job, 0)) return MM_BAD_ARGUMENT;
     int64_t independent = job->batch * (job->merge ? 1 : job->groups);
     threads = useful_threads(threads, job->length * independent * job->channels * job->d_state);
+    ask_for_view(&job->y, job->batch, job->length, job->groups, job->channels);
+    int64_t saved = job->batch * (mm_ceil(job->length, MM_CHUNK) - 1) * job->groups * job->channels * job->d_state;
+    ask_for_huge_pages(job->states, saved * (int64_t)sizeof(float));
     mm_partials partials = {.parts = forward_parts(job, independent, threads)};
     context c = {job, &partials, kernels};
     size_t scratch = kernels->scan_forward_scratch(job, partials.parts);
@@ -348,6 +377,9 @@ EXPORT int mm_scan_backward(const mm_scan_job *job, int64_t index, int64_t threa
     float *matrices = parts > 1 ? malloc((size_t)(2 * (parts - 1) * matrix) * sizeof(float)) : NULL;
     int status = sums && (matrices || parts == 1) ? MM_OK : MM_NO_MEMORY;
     if (status == MM_OK) {
+        const mm_view *written[] = {&job->grad_u, &job->grad_delta, &job->grad_z};
+        for (int i = 0; i < 3; i++) ask_for_view(written[i], job->batch, job->length, job->groups, job->channels);
+        ask_for_huge_pages(matrices, 2 * (parts - 1) * matrix * (int64_t)sizeof(float));
         mm_partials partials = {parts, matrices, parts > 1 ? matrices + (parts - 1) * matrix : NULL, sums,
                                 sums + job->batch * rows * job->d_state,
                                 sums + job->batch * rows * (job->d_state + 1)};
@@ -373,6 +405,7 @@ EXPORT int mm_conv_forward(const mm_conv_job *job, int64_t index, int64_t thread
     if (!kernels) return MM_NO_VARIANT;
     if (bad_conv(job, 0)) return MM_BAD_ARGUMENT;
     context c = {job, NULL, kernels};
+    ask_for_view(&job->y, job->batch, job->length, 1, job->channels);
     work w = {run_conv_forward, &c, kernels->conv_scratch(job), job->batch * mm_ceil(job->length, MM_CONV_SEGMENT), 0, 0};
     return run(&w, useful_threads(threads, job->batch * job->length * job->channels * 4));
 }
@@ -386,6 +419,7 @@ EXPORT int mm_conv_backward(const mm_conv_job *job, int64_t index, int64_t threa
     if (!sums) return MM_NO_MEMORY;
     mm_partials partials = {1, NULL, NULL, sums, NULL, sums + job->batch * job->channels * job->taps};
     context c = {job, &partials, kernels};
+    ask_for_view(&job->grad_x, job->batch, job->length, 1, job->channels);
     int64_t items = job->batch * mm_ceil(job->channels, MM_BLOCK);
     work w = {run_conv_backward, &c, kernels->conv_scratch(job), items, 0, 0};
     int status = run(&w, useful_threads(threads, job->batch * job->length * job->channels * 8));

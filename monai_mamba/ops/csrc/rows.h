@@ -243,15 +243,18 @@ static void vector_in(const float *row, int64_t count, float *tile) {
     if (row) memcpy(tile, row, (size_t)count * sizeof(float));
 }
 
-static float largest_magnitude(const float *values, int64_t count) {
-    float result = 0.0f;
-    for (int64_t i = 0; i < count; i++) result = fabsf(values[i]) > result ? fabsf(values[i]) : result;
-    return result;
+/* Largest decay rate of a tile (N, 16), or 0 where nobody asks for it. NaN is passed over. */
+static float fastest_rate(const float *rates, int64_t N) {
+    vf largest = {0};
+    if (EXP2_NEEDS_NO_BOUND) return 0.0f;
+    for (int64_t i = 0; i < N * MM_BLOCK; i += LANES) largest = at_least(magnitude(load(rates + i)), largest);
+    return largest_lane(largest);
 }
 
+/* The saved states before a chunk; there are none before the first, where the state is zero. */
 static float *state_rows(const mm_scan_job *job, int64_t b, int64_t g, int64_t chunk, int64_t channel) {
-    int64_t chunks = mm_ceil(job->length, MM_CHUNK), N = job->d_state;
-    return job->states + ((b * chunks + chunk) * job->groups * job->channels + g * job->channels + channel) * N;
+    int64_t saved = mm_ceil(job->length, MM_CHUNK) - 1, N = job->d_state;
+    return job->states + ((b * saved + chunk - 1) * job->groups * job->channels + g * job->channels + channel) * N;
 }
 
 #endif

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define MM_ABI 1
+#define MM_ABI 2
 #define MM_CHUNK 64     /* steps between two saved states, and of one tile */
 #define MM_BLOCK 16     /* channels of one tile, in every variant */
 #define MM_MAX_STATE 256
@@ -36,7 +36,7 @@ typedef struct {
     mm_view u, delta, B, C, z, y;  /* z.data may be null; y is read by nobody in the backward pass */
     const float *A;                /* (groups, channels, d_state) */
     const float *D, *delta_bias;   /* (groups, channels), may be null */
-    float *states;                 /* (batch, chunks, groups, channels, d_state), may be null */
+    float *states; /* before every chunk but the first: (batch, chunks - 1, groups, channels, d_state), may be null */
     /* backward only */
     mm_view grad_y, grad_u, grad_delta, grad_z;
     float *grad_A, *grad_D, *grad_delta_bias; /* shapes of A, D, delta_bias */
