@@ -26,12 +26,12 @@ INLINE vf sum_quarters(vf a, vf b) {
 }
 #endif
 
-/* Adds the sums over the lanes of four vectors, from what sum_quarters made of them, to four numbers. */
-INLINE void add_lane_sums(vf quarters, float *sums) {
+/* Sums over the lanes of four vectors, from what sum_quarters made of them. */
+INLINE v4 lane_sums(vf quarters) {
     const v4_unaligned *parts = (const v4_unaligned *)&quarters;
     v4 sum = parts[0];
     for (int i = 1; i < LANES / 4; i++) sum += parts[i];
-    *(v4_unaligned *)sums += sum;
+    return sum;
 }
 
 INLINE float lane_sum(vf x) {
@@ -40,13 +40,15 @@ INLINE float lane_sum(vf x) {
     return sum;
 }
 
+enum { COUNT = 4 }; /* states of one sweep: what leaves all that belongs to them in registers */
+
 typedef struct {
     float step[TILE], drive[TILE], slope[TILE]; /* delta, delta * u, derivative of the softplus */
     float grad[TILE];                           /* gradient of the output before the gate */
     float y[TILE], gate[TILE];                  /* output before the gate, derivative by the gate */
     float from_B[TILE], from_A[TILE];           /* sums over the states: grad_h B, and of the decay */
     float u[TILE];                              /* input, where it cannot be read where it lies */
-    float trail[2 * TILE * 4];                  /* of four states: decayed state and decay at every step */
+    float trail[2 * TILE * COUNT];              /* of the states of a sweep: state before every step, and decay */
     int64_t position[2][MM_CHUNK];
     float rest[] __attribute__((aligned(64)));
 } backward_scratch;
@@ -54,13 +56,16 @@ typedef struct {
 /* Of a block: rates, gradient of the state and of A (N, 16); D, bias, their gradients, [0]: the largest rate (16). */
 static size_t backward_block_floats(int64_t padded) { return (size_t)((5 + 3 * padded) * MM_BLOCK); }
 
+/* Sums for the gradients of B and C in a chunk, the lanes not yet added up: for two states together (N / 2, 64, LANES), in
+ * every quarter of four lanes B, B, C, C; for a single state B (64, LANES), then C. */
+static int64_t backward_sums_floats(int64_t padded) { return MM_CHUNK * LANES * (padded == 1 ? 2 : padded / 2); }
+
+/* Beside what blocks keep: the state (N, 16), tiles of B and C (64, N), sums. */
 static size_t scan_backward_scratch(const mm_scan_job *job, const mm_partials *partials) {
     int64_t N = mm_padded_states(job->d_state);
-    int64_t blocks = mm_ceil(mm_ceil(job->channels, MM_BLOCK), partials->parts);
-    /* beside the blocks: the state (N, 16), the tiles of B and C and their gradients (64, N), or (64, LANES) if N is 1 */
-    int64_t sums = 2 * MM_CHUNK * (N == 1 ? LANES : N);
-    return sizeof(backward_scratch) +
-           ((size_t)blocks * backward_block_floats(N) + (size_t)(N * MM_BLOCK + 2 * MM_CHUNK * N + sums)) * sizeof(float);
+    int64_t blocks = partials->bundle * mm_ceil(mm_ceil(job->channels, MM_BLOCK), partials->parts);
+    int64_t beside = N * MM_BLOCK + 2 * MM_CHUNK * N + backward_sums_floats(N);
+    return sizeof(backward_scratch) + (size_t)(blocks * (int64_t)backward_block_floats(N) + beside) * sizeof(float);
 }
 
 /* Work on one block of channels in one chunk; bases are null where there is nothing. */
@@ -107,29 +112,27 @@ static look_ahead backward_rows_ahead(const mm_scan_job *job, int64_t b, int64_t
 
 /* ---- several states ---- */
 
-/* `count` states of one vector of channels: forward over the chunk to know the states, then back. */
+/* Some states of one vector of channels: forward over the chunk to know the states, then back. */
 INLINE void retreat_states(const int with_y, const int bounded, const int is_first, int64_t steps, int64_t stride,
-                           const float *rates, float *state, float *grad_h, float *grad_A, const float *B,
-                           const float *C, float *sum_B, float *sum_C, const look_ahead *ahead, int from, int to,
-                           int64_t lane, backward_scratch *s) {
-    enum { COUNT = 4 };
+                           const float *rates, const float *state, float *grad_h, float *grad_A, const float *B,
+                           const float *C, float *sums, const look_ahead *ahead, int from, int to, int64_t lane,
+                           backward_scratch *s) {
     const exp2_constants k = exp2_setup();
     vf h[COUNT], rate[COUNT];
-    float *trail = s->trail;
     UNROLL for (int n = 0; n < COUNT; n++) {
         h[n] = load(state + n * MM_BLOCK);
         rate[n] = load(rates + n * MM_BLOCK);
     }
     for (int64_t t = 0; t < steps; t++) {
         int64_t at = t * MM_BLOCK + lane;
+        float *before = s->trail + t * 2 * COUNT * LANES, *decays = before + COUNT * LANES;
         vf d = load(s->step + at), x = load(s->drive + at), y = {0};
         UNROLL for (int n = 0; n < COUNT; n++) {
             vf exponent = d * rate[n];
             vf decay = bounded ? exp2_bounded(&k, exponent) : exp2_any(&k, exponent);
-            vf decayed = decay * h[n];
-            h[n] = x * B[t * stride + n] + decayed;
-            store(trail + (t * 2 * COUNT + n) * LANES, decayed);
-            store(trail + (t * 2 * COUNT + COUNT + n) * LANES, decay);
+            store(before + n * LANES, h[n]);
+            store(decays + n * LANES, decay);
+            h[n] = decay * h[n] + x * B[t * stride + n];
             if (with_y) y += h[n] * C[t * stride + n];
         }
         if (with_y) store(s->y + at, load(s->y + at) + y);
@@ -141,30 +144,28 @@ INLINE void retreat_states(const int with_y, const int bounded, const int is_fir
     }
     for (int64_t t = steps - 1; t >= 0; t--) {
         int64_t at = t * MM_BLOCK + lane;
+        const float *before = s->trail + t * 2 * COUNT * LANES, *decays = before + COUNT * LANES;
         vf d = load(s->step + at), x = load(s->drive + at), gy = load(s->grad + at);
         vf from_B = is_first ? splat(0.0f) : load(s->from_B + at), from_A = is_first ? splat(0.0f) : load(s->from_A + at);
-        vf to_B[COUNT], to_C[COUNT], pairs_B[COUNT / 2], pairs_C[COUNT / 2];
+        vf to_B[COUNT], to_C[COUNT];
         for (int i = from; i < to; i++) __builtin_prefetch(row_at(&ahead->rows[i], t), 0, 2);
-        UNROLL for (int n = 0; n < COUNT; n++) {
-            float Bn = B[t * stride + n];
-            vf decayed = load(trail + (t * 2 * COUNT + n) * LANES);
+        UNROLL for (int n = 0; n < COUNT; n++) { /* h: the state after step t, then the one before it */
             vf g = gy * C[t * stride + n] + gh[n];
             to_B[n] = g * x;
-            to_C[n] = gy * (x * Bn + decayed);
-            from_B += g * Bn;
-            vf gd = g * decayed; /* of the exponent delta * A */
+            to_C[n] = gy * h[n];
+            from_B += g * B[t * stride + n];
+            gh[n] = g * load(decays + n * LANES);
+            h[n] = load(before + n * LANES);
+            vf gd = gh[n] * h[n]; /* of the exponent delta * A */
             from_A += gd * rate[n];
             gA[n] += gd * d;
-            gh[n] = g * load(trail + (t * 2 * COUNT + COUNT + n) * LANES);
             if (n & 1) { /* early, to free registers */
-                pairs_B[n / 2] = sum_pairs(to_B[n - 1], to_B[n]);
-                pairs_C[n / 2] = sum_pairs(to_C[n - 1], to_C[n]);
+                float *sum = sums + (n / 2 * MM_CHUNK + t) * LANES;
+                store(sum, load(sum) + sum_quarters(sum_pairs(to_B[n - 1], to_B[n]), sum_pairs(to_C[n - 1], to_C[n])));
             }
         }
         store(s->from_B + at, from_B);
         store(s->from_A + at, from_A);
-        add_lane_sums(sum_quarters(pairs_B[0], pairs_B[1]), sum_B + t * stride);
-        add_lane_sums(sum_quarters(pairs_C[0], pairs_C[1]), sum_C + t * stride);
     }
     UNROLL for (int n = 0; n < COUNT; n++) {
         store(grad_h + n * MM_BLOCK, gh[n]);
@@ -172,47 +173,45 @@ INLINE void retreat_states(const int with_y, const int bounded, const int is_fir
     }
 }
 
-/* The tiles that the sweeps need, and the sum for the gradient of D. Returns the largest step size. */
+/* The tiles that the sweeps need. Returns the largest step size. The last group may run over the end, see
+ * forward_prologue. */
 INLINE float backward_prologue(const int softplus, const int gated, const backward_work *w, const float *D,
-                               const float *bias, float *grad_D, backward_scratch *s) {
-    const int count = VECTORS;
+                               const float *bias, backward_scratch *s) {
+    const int count = GROUP;
     const exp2_constants k = exp2_setup();
-    vf sum_D[VECTORS], largest = {0};
-    EACH sum_D[i] = load(grad_D + i * LANES);
-    for (int64_t t = 0; t < w->steps; t++) {
-        const float *u = row_at(&w->u, t), *delta = row_at(&w->delta, t), *gy = row_at(&w->grad_y, t);
+    vf largest = {0};
+    for (int64_t t = 0; t < w->steps; t += GROUP_STEPS) {
         int64_t at = t * MM_BLOCK;
-        vf x[VECTORS], grad[VECTORS], d[VECTORS];
-        EACH x[i] = load_unaligned(u + i * LANES);
-        EACH d[i] = load_unaligned(delta + i * LANES) + load(bias + i * LANES);
-        EACH grad[i] = load_unaligned(gy + i * LANES);
+        vf x[GROUP], grad[GROUP], d[GROUP];
+        EACH x[i] = load_unaligned(row_at(&w->u, t + GROUP_ROW(i)) + GROUP_LANE(i));
+        EACH d[i] = load_unaligned(row_at(&w->delta, t + GROUP_ROW(i)) + GROUP_LANE(i)) + load(bias + GROUP_LANE(i));
+        EACH grad[i] = load_unaligned(row_at(&w->grad_y, t + GROUP_ROW(i)) + GROUP_LANE(i));
         if (softplus) {
-            vf slope[VECTORS];
-            softplus_and_slope_many(VECTORS, &k, d, slope);
+            vf slope[GROUP];
+            softplus_and_slope_many(GROUP, &k, d, slope);
             EACH store(s->slope + at + i * LANES, slope[i]);
         }
         if (gated) {
-            vf gate[VECTORS], open[VECTORS];
-            EACH gate[i] = load_unaligned(row_at(&w->z, t) + i * LANES);
-            sigmoid_many(VECTORS, &k, gate, open);
+            vf gate[GROUP], open[GROUP];
+            EACH gate[i] = load_unaligned(row_at(&w->z, t + GROUP_ROW(i)) + GROUP_LANE(i));
+            sigmoid_many(GROUP, &k, gate, open);
             EACH store(s->gate + at + i * LANES, grad[i] * (open[i] * (gate[i] * (1.0f - open[i]) + 1.0f)));
             EACH grad[i] *= gate[i] * open[i];
-            EACH store(s->y + at + i * LANES, x[i] * load(D + i * LANES));
+            EACH store(s->y + at + i * LANES, x[i] * load(D + GROUP_LANE(i)));
         }
         if (!EXP2_NEEDS_NO_BOUND) EACH largest = at_least(magnitude(d[i]), largest);
-        EACH sum_D[i] += grad[i] * x[i];
         EACH store(s->step + at + i * LANES, d[i]);
         EACH store(s->drive + at + i * LANES, d[i] * x[i]);
         EACH store(s->grad + at + i * LANES, grad[i]);
     }
-    EACH store(grad_D + i * LANES, sum_D[i]);
     return largest_lane(largest);
 }
 
+/* Gradients of the sequences from the sums of all sweeps, and what they add to those of D and of the bias. */
 INLINE void backward_epilogue(const int softplus_, const int gated, const backward_work *w, const float *D,
-                              float *grad_bias, backward_scratch *s) {
-    vf sum_bias[VECTORS];
-    UNROLL for (int v = 0; v < VECTORS; v++) sum_bias[v] = load(grad_bias + v * LANES);
+                              float *grad_D, float *grad_bias, backward_scratch *s) {
+    vf sum_bias[VECTORS], sum_D[VECTORS];
+    UNROLL for (int v = 0; v < VECTORS; v++) sum_bias[v] = load(grad_bias + v * LANES), sum_D[v] = load(grad_D + v * LANES);
     row_set sums = w->accumulate ? rows_to_read(&w->job->grad_u, w->b, w->g, w->channel, w->count, w->steps, w->position, s->trail)
                                  : rows_of_tile(s->trail);
     for (int64_t t = 0; t < w->steps; t++) {
@@ -220,33 +219,36 @@ INLINE void backward_epilogue(const int softplus_, const int gated, const backwa
         float *grad_u = row_at(&w->grad_u, t), *grad_delta = row_at(&w->grad_delta, t);
         UNROLL for (int v = 0; v < VECTORS; v++) {
             int64_t at = t * MM_BLOCK + v * LANES;
-            vf from_B = load(s->from_B + at), gd = load_unaligned(u + v * LANES) * from_B + load(s->from_A + at) * LN2;
-            vf gu = load(s->step + at) * from_B + load(D + v * LANES) * load(s->grad + at);
+            vf x = load_unaligned(u + v * LANES), grad = load(s->grad + at), from_B = load(s->from_B + at);
+            vf gd = x * from_B + load(s->from_A + at) * LN2, gu = load(s->step + at) * from_B + load(D + v * LANES) * grad;
             if (w->accumulate) gu += load_unaligned(sum + v * LANES);
             if (softplus_) gd *= load(s->slope + at);
+            sum_D[v] += grad * x;
             sum_bias[v] += gd;
             store_unaligned(grad_u + v * LANES, gu);
             store_unaligned(grad_delta + v * LANES, gd);
             if (gated) store_unaligned(row_at(&w->grad_z, t) + v * LANES, load(s->gate + at) * load(s->y + at));
         }
     }
-    UNROLL for (int v = 0; v < VECTORS; v++) store(grad_bias + v * LANES, sum_bias[v]);
+    UNROLL for (int v = 0; v < VECTORS; v++) store(grad_bias + v * LANES, sum_bias[v]), store(grad_D + v * LANES, sum_D[v]);
 }
 
+/* All states of a block over a chunk; the rows that come next are asked for along the way. */
 INLINE void backward_sweeps(const int with_y, const int bounded, int64_t steps, int64_t N, const float *rates,
-                            float *state, float *grad_h, float *grad_A, const float *B, const float *C, float *sum_B,
-                            float *sum_C, const look_ahead *ahead, backward_scratch *s) {
-    int asked = 0, share = (int)mm_ceil(ahead->count, N / 4 * VECTORS);
-    for (int64_t n = 0; n < N; n += 4)
+                            const float *state, float *grad_h, float *grad_A, const float *B, const float *C, float *sums,
+                            const look_ahead *ahead, backward_scratch *s) {
+    int asked = 0, share = (int)mm_ceil(ahead->count, N / COUNT * VECTORS);
+    for (int64_t n = 0; n < N; n += COUNT)
         for (int64_t lane = 0; lane < MM_BLOCK; lane += LANES) {
             int64_t at = n * MM_BLOCK + lane;
+            float *sum = sums + n / 2 * MM_CHUNK * LANES;
             int next = asked + share < ahead->count ? asked + share : ahead->count;
             if (n == 0)
                 retreat_states(with_y, bounded, 1, steps, N, rates + at, state + at, grad_h + at, grad_A + at, B + n, C + n,
-                               sum_B + n, sum_C + n, ahead, asked, next, lane, s);
+                               sum, ahead, asked, next, lane, s);
             else
                 retreat_states(with_y, bounded, 0, steps, N, rates + at, state + at, grad_h + at, grad_A + at, B + n, C + n,
-                               sum_B + n, sum_C + n, ahead, asked, next, lane, s);
+                               sum, ahead, asked, next, lane, s);
             asked = next;
         }
 }
@@ -313,51 +315,80 @@ INLINE void retreat_single_state(const int softplus_, const int gated, const bac
 
 /* A block of channels in a chunk, with everything `backward_block_floats` speaks of in `kept`. */
 INLINE void backward_block(const int softplus_, const int gated, const backward_work *w, int64_t N, float *kept,
-                           float *state, const float *B, const float *C, float *sum_B, float *sum_C,
-                           const look_ahead *ahead, backward_scratch *s) {
+                           float *state, const float *B, const float *C, float *sums, const look_ahead *ahead,
+                           backward_scratch *s) {
     float *rates = kept, *grad_h = rates + N * MM_BLOCK, *grad_A = grad_h + N * MM_BLOCK, *D = grad_A + N * MM_BLOCK;
     float *bias = D + MM_BLOCK, *grad_D = bias + MM_BLOCK, *grad_bias = grad_D + MM_BLOCK, *fastest = grad_bias + MM_BLOCK;
     if (N == 1) {
-        retreat_single_state(softplus_, gated, w, B, C, D, bias, rates, state, grad_h, grad_A, grad_D, grad_bias, sum_B,
-                             sum_C, ahead, s);
+        retreat_single_state(softplus_, gated, w, B, C, D, bias, rates, state, grad_h, grad_A, grad_D, grad_bias, sums,
+                             sums + MM_CHUNK * LANES, ahead, s);
         return;
     }
-    float largest = backward_prologue(softplus_, gated, w, D, bias, grad_D, s);
+    float largest = backward_prologue(softplus_, gated, w, D, bias, s);
     if (!EXP2_NEEDS_NO_BOUND && largest * fastest[0] <= EXP2_LIMIT)
-        backward_sweeps(gated, 1, w->steps, N, rates, state, grad_h, grad_A, B, C, sum_B, sum_C, ahead, s);
+        backward_sweeps(gated, 1, w->steps, N, rates, state, grad_h, grad_A, B, C, sums, ahead, s);
     else
-        backward_sweeps(gated, 0, w->steps, N, rates, state, grad_h, grad_A, B, C, sum_B, sum_C, ahead, s);
-    backward_epilogue(softplus_, gated, w, D, grad_bias, s);
+        backward_sweeps(gated, 0, w->steps, N, rates, state, grad_h, grad_A, B, C, sums, ahead, s);
+    backward_epilogue(softplus_, gated, w, D, grad_D, grad_bias, s);
 }
 
 static void backward_block_of(const backward_work *w, int64_t N, float *kept, float *state, const float *B,
-                              const float *C, float *sum_B, float *sum_C, const look_ahead *ahead, backward_scratch *s) {
+                              const float *C, float *sums, const look_ahead *ahead, backward_scratch *s) {
     if (w->job->softplus) {
         if (w->z.base)
-            backward_block(1, 1, w, N, kept, state, B, C, sum_B, sum_C, ahead, s);
+            backward_block(1, 1, w, N, kept, state, B, C, sums, ahead, s);
         else
-            backward_block(1, 0, w, N, kept, state, B, C, sum_B, sum_C, ahead, s);
+            backward_block(1, 0, w, N, kept, state, B, C, sums, ahead, s);
     } else {
         if (w->z.base)
-            backward_block(0, 1, w, N, kept, state, B, C, sum_B, sum_C, ahead, s);
+            backward_block(0, 1, w, N, kept, state, B, C, sums, ahead, s);
         else
-            backward_block(0, 0, w, N, kept, state, B, C, sum_B, sum_C, ahead, s);
+            backward_block(0, 0, w, N, kept, state, B, C, sums, ahead, s);
     }
 }
 
-static void backward_sequence(const mm_scan_job *job, const mm_partials *partials, int64_t b, int64_t g, int64_t part,
-                              int accumulate, backward_scratch *s) {
-    int64_t L = job->length, N = mm_padded_states(job->d_state), chunks = mm_ceil(L, MM_CHUNK);
-    int64_t blocks = mm_ceil(job->channels, MM_BLOCK), lanes = N == 1 ? LANES : N;
-    int64_t begin = blocks * part / partials->parts, end = blocks * (part + 1) / partials->parts, own = end - begin;
+/* Adds up the lanes of a chunk's sums, and writes the rows of the gradients of B and C. */
+static void write_sums(const mm_scan_job *job, int64_t b, int64_t g, int64_t steps, const int64_t *position, int64_t N,
+                       const float *sums, float *to_B, float *to_C) {
+    float row_B[MM_MAX_STATE], row_C[MM_MAX_STATE];
+    for (int64_t t = 0; t < steps; t++) {
+        int64_t at = ((b * job->length + position[t]) * job->groups + g) * job->d_state;
+        if (N == 1) {
+            to_B[at] = lane_sum(load(sums + t * LANES));
+            to_C[at] = lane_sum(load(sums + (MM_CHUNK + t) * LANES));
+            continue;
+        }
+        float *B = job->d_state == N ? to_B + at : row_B, *C = job->d_state == N ? to_C + at : row_C;
+        for (int64_t n = 0; n < N; n += 4) {
+            const float *from = sums + (n / 2 * MM_CHUNK + t) * LANES;
+            v4 first = lane_sums(load(from)), second = lane_sums(load(from + MM_CHUNK * LANES));
+            *(v4_unaligned *)(B + n) = SHUFFLE_4(first, second, 0, 1, 4, 5);
+            *(v4_unaligned *)(C + n) = SHUFFLE_4(first, second, 2, 3, 6, 7);
+        }
+        if (job->d_state == N) continue;
+        memcpy(to_B + at, row_B, (size_t)job->d_state * sizeof(float));
+        memcpy(to_C + at, row_C, (size_t)job->d_state * sizeof(float));
+    }
+}
+
+/* Some blocks of a group over the whole sequence, with what they keep from chunk to chunk. */
+typedef struct {
+    const mm_scan_job *job;
+    int64_t b, g, begin, own;        /* own: number of blocks, from block `begin` on */
+    float *kept, *to_B, *to_C;       /* to: gradients of B and C, or partial sums of them */
+} backward_share;
+
+static backward_share begin_backward_share(const mm_scan_job *job, const mm_partials *partials, int64_t b, int64_t g,
+                                           int64_t part, float *kept) {
+    int64_t N = mm_padded_states(job->d_state), blocks = mm_ceil(job->channels, MM_BLOCK);
+    int64_t begin = blocks * part / partials->parts, end = blocks * (part + 1) / partials->parts;
+    int64_t matrix = job->batch * job->length * job->groups * job->d_state;
     size_t per_block = backward_block_floats(N), tile = (size_t)N * MM_BLOCK;
-    float *state = s->rest, *sum_B = state + tile, *sum_C = sum_B + MM_CHUNK * lanes, *B = sum_C + MM_CHUNK * lanes;
-    float *C = B + MM_CHUNK * N, *kept = C + MM_CHUNK * N;
-    int64_t matrix = job->batch * L * job->groups * job->d_state;
-    float *to_B = part ? partials->B + (part - 1) * matrix : job->grad_B;
-    float *to_C = part ? partials->C + (part - 1) * matrix : job->grad_C;
-    memset(kept, 0, (size_t)own * per_block * sizeof(float));
-    for (int64_t i = 0; i < own; i++) {
+    backward_share x = {job, b, g, begin, end - begin, kept,
+                        part ? partials->B + (part - 1) * matrix : job->grad_B,
+                        part ? partials->C + (part - 1) * matrix : job->grad_C};
+    memset(kept, 0, (size_t)x.own * per_block * sizeof(float));
+    for (int64_t i = 0; i < x.own; i++) {
         float *rates = kept + (size_t)i * per_block, *D = rates + 3 * tile, *bias = D + MM_BLOCK;
         int64_t channel = (begin + i) * MM_BLOCK, row = g * job->channels + channel;
         int64_t count = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
@@ -367,56 +398,76 @@ static void backward_sequence(const mm_scan_job *job, const mm_partials *partial
         vector_in(job->delta_bias ? job->delta_bias + row : NULL, count, bias);
         bias[3 * MM_BLOCK] = fastest_rate(rates, N);
     }
-    route_positions(job, g, (chunks - 1) * MM_CHUNK, MM_CHUNK, s->position[(chunks - 1) & 1]);
-    for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
-        int64_t first = chunk * MM_CHUNK, steps = L - first < MM_CHUNK ? L - first : MM_CHUNK;
-        const int64_t *position = s->position[chunk & 1];
-        int64_t *following = s->position[~chunk & 1];
-        matrix_tile(&job->B, b, g, position, steps, job->d_state, N, B);
-        matrix_tile(&job->C, b, g, position, steps, job->d_state, N, C);
-        memset(sum_B, 0, (size_t)(2 * MM_CHUNK * lanes) * sizeof(float));
-        route_positions(job, g, chunk ? first - MM_CHUNK : first, MM_CHUNK, following);
-        for (int64_t i = 0; i < own; i++) {
-            int64_t channel = (begin + i) * MM_BLOCK;
-            backward_work w = begin_backward(job, b, g, channel, steps, position, accumulate, s);
-            look_ahead ahead = i + 1 < own ? backward_rows_ahead(job, b, g, channel + MM_BLOCK, position)
-                                           : backward_rows_ahead(job, b, g, begin * MM_BLOCK, following);
-            if (chunk)
-                transpose_in(state_rows(job, b, g, chunk, channel), w.count, job->d_state, N, state);
-            else
-                memset(state, 0, tile * sizeof(float));
-            backward_block_of(&w, N, kept + (size_t)i * per_block, state, B, C, sum_B, sum_C, &ahead, s);
-            end_backward(&w, s);
-        }
-        for (int64_t t = 0; t < steps; t++) {
-            int64_t at = ((b * L + position[t]) * job->groups + g) * job->d_state;
-            if (N == 1) {
-                to_B[at] = lane_sum(load(sum_B + t * LANES));
-                to_C[at] = lane_sum(load(sum_C + t * LANES));
-            } else {
-                memcpy(to_B + at, sum_B + t * N, (size_t)job->d_state * sizeof(float));
-                memcpy(to_C + at, sum_C + t * N, (size_t)job->d_state * sizeof(float));
-            }
-        }
+    return x;
+}
+
+static void backward_chunk(const backward_share *x, int64_t chunk, const int64_t *position, int accumulate,
+                           const look_ahead *following, backward_scratch *s) {
+    const mm_scan_job *job = x->job;
+    int64_t N = mm_padded_states(job->d_state), rest = job->length - chunk * MM_CHUNK, steps = rest < MM_CHUNK ? rest : MM_CHUNK;
+    size_t per_block = backward_block_floats(N), tile = (size_t)N * MM_BLOCK;
+    float *state = s->rest, *sums = state + tile, *B = sums + backward_sums_floats(N), *C = B + MM_CHUNK * N;
+    matrix_tile(&job->B, x->b, x->g, position, steps, job->d_state, N, B);
+    matrix_tile(&job->C, x->b, x->g, position, steps, job->d_state, N, C);
+    memset(sums, 0, (size_t)backward_sums_floats(N) * sizeof(float));
+    for (int64_t i = 0; i < x->own; i++) {
+        int64_t channel = (x->begin + i) * MM_BLOCK;
+        backward_work w = begin_backward(job, x->b, x->g, channel, steps, position, accumulate, s);
+        if (chunk)
+            transpose_in(state_rows(job, x->b, x->g, chunk, channel), w.count, job->d_state, N, state);
+        else
+            memset(state, 0, tile * sizeof(float));
+        look_ahead ahead = *following;
+        if (i + 1 < x->own) ahead = backward_rows_ahead(job, x->b, x->g, channel + MM_BLOCK, position);
+        backward_block_of(&w, N, x->kept + (size_t)i * per_block, state, B, C, sums, &ahead, s);
+        end_backward(&w, s);
     }
-    for (int64_t i = 0; i < own; i++) {
-        const float *grad_A = kept + (size_t)i * per_block + 2 * tile, *grad_D = grad_A + tile + 2 * MM_BLOCK;
-        int64_t channel = (begin + i) * MM_BLOCK;
+    write_sums(job, x->b, x->g, steps, position, N, sums, x->to_B, x->to_C);
+}
+
+static void end_backward_share(const backward_share *x, const mm_partials *partials) {
+    const mm_scan_job *job = x->job;
+    size_t tile = (size_t)mm_padded_states(job->d_state) * MM_BLOCK, per_block = backward_block_floats(mm_padded_states(job->d_state));
+    for (int64_t i = 0; i < x->own; i++) {
+        const float *grad_A = x->kept + (size_t)i * per_block + 2 * tile, *grad_D = grad_A + tile + 2 * MM_BLOCK;
+        int64_t channel = (x->begin + i) * MM_BLOCK;
         int64_t count = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
-        int64_t at = (b * job->groups + g) * job->channels + channel;
+        int64_t at = (x->b * job->groups + x->g) * job->channels + channel;
         transpose_out(partials->A + at * job->d_state, count, job->d_state, grad_A);
         memcpy(partials->D + at, grad_D, (size_t)count * sizeof(float));
         memcpy(partials->bias + at, grad_D + MM_BLOCK, (size_t)count * sizeof(float));
     }
 }
 
-/* Items: (batch, part), all routes in turn, if the groups are merged; else (batch, group, part). */
+/* Some shares side by side, chunk by chunk, from the last to the first; see forward_sequence. */
+static void backward_sequence(const mm_scan_job *job, const mm_partials *partials, int64_t b, int64_t group, int64_t first,
+                              int64_t count, int accumulate, backward_scratch *s) {
+    int64_t L = job->length, N = mm_padded_states(job->d_state), chunks = mm_ceil(L, MM_CHUNK);
+    backward_share shares[MM_BUNDLE];
+    float *kept = s->rest + N * MM_BLOCK + backward_sums_floats(N) + 2 * MM_CHUNK * N;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t g = job->merge ? group : (first + i) / partials->parts;
+        shares[i] = begin_backward_share(job, partials, b, g, (first + i) % partials->parts, kept);
+        kept += (size_t)shares[i].own * backward_block_floats(N);
+    }
+    route_positions(job, group, (chunks - 1) * MM_CHUNK, MM_CHUNK, s->position[(chunks - 1) & 1]);
+    for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
+        int64_t *position = s->position[chunk & 1], *following = s->position[~chunk & 1];
+        route_positions(job, group, chunk ? (chunk - 1) * MM_CHUNK : 0, MM_CHUNK, following);
+        for (int64_t i = 0; i < count; i++) {
+            const backward_share *next = &shares[i + 1 < count ? i + 1 : 0];
+            look_ahead ahead = backward_rows_ahead(job, b, next->g, next->begin * MM_BLOCK, i + 1 < count ? position : following);
+            backward_chunk(&shares[i], chunk, position, accumulate, &ahead, s);
+        }
+    }
+    for (int64_t i = 0; i < count; i++) end_backward_share(&shares[i], partials);
+}
+
+/* Items: as in scan_forward. */
 static void scan_backward(const mm_scan_job *job, const mm_partials *partials, int64_t item, void *scratch) {
-    int64_t part = item % partials->parts;
-    item /= partials->parts;
-    int64_t g = job->merge ? 0 : item % job->groups, b = item / (job->merge ? 1 : job->groups);
-    for (int64_t last = job->merge ? job->groups : g + 1, first = g; g < last; g++)
-        backward_sequence(job, partials, b, g, part, g > first, scratch);
+    int64_t first, count, b = bundle_of(job, partials, item, &first, &count);
+    for (int64_t g = 0; g < (job->merge ? job->groups : 1); g++)
+        backward_sequence(job, partials, b, g, first, count, g > 0, scratch);
 }
 
 #endif

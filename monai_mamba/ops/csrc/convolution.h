@@ -13,16 +13,24 @@ typedef struct {
     float rest[] __attribute__((aligned(64)));
 } conv_scratch_forward;
 
+enum { CONV_REACH = MM_CHUNK + MM_MAX_TAPS + GROUP }; /* steps of a chunk, those behind that it has an effect on, and a group */
+
 typedef struct {
-    float weight[MM_MAX_TAPS * MM_BLOCK], bias[MM_BLOCK], grad_weight[MM_MAX_TAPS * MM_BLOCK], grad_bias[MM_BLOCK];
-    float x[(MM_CHUNK + 2 * MM_MAX_TAPS) * MM_BLOCK], grad[(MM_CHUNK + MM_MAX_TAPS) * MM_BLOCK], out[TILE];
+    const float *x[CONV_REACH + MM_MAX_TAPS], *grad_y[CONV_REACH]; /* rows, from taps - 1 steps before and from the first on */
+    float grad[CONV_REACH * MM_BLOCK] __attribute__((aligned(64))), out[TILE], zero[MM_BLOCK]; /* grad: before the SiLU */
+    float converted_x[(CONV_REACH + MM_MAX_TAPS) * MM_BLOCK], converted_grad_y[CONV_REACH * MM_BLOCK];
+    float rest[] __attribute__((aligned(64))); /* of every block: weights (taps, 16) and bias, and their gradients */
 } conv_scratch_backward;
 
-static size_t conv_scratch(const mm_conv_job *job) {
+static size_t conv_block_floats(int64_t taps) { return (size_t)(2 * (taps + 1) * MM_BLOCK); }
+
+/* bundle: blocks that a work item of the backward pass takes side by side */
+static size_t conv_scratch(const mm_conv_job *job, int64_t bundle) {
     size_t padded = (size_t)mm_ceil(job->channels, MM_BLOCK) * MM_BLOCK;
     size_t rows = (size_t)job->taps + 2 + (size_t)job->taps - 1 + 2 * CONV_STEPS;
     size_t forward = sizeof(conv_scratch_forward) + rows * padded * sizeof(float);
-    return forward > sizeof(conv_scratch_backward) ? forward : sizeof(conv_scratch_backward);
+    size_t backward = sizeof(conv_scratch_backward) + (size_t)bundle * conv_block_floats(job->taps) * sizeof(float);
+    return forward > backward ? forward : backward;
 }
 
 /* Four taps of one vector of channels over the steps of a tile, four at a time; inputs stay in registers. */
@@ -101,75 +109,111 @@ static void conv_forward(const mm_conv_job *job, int64_t item, void *scratch) {
     }
 }
 
-INLINE void conv_backward_chunk(const int known_taps, const mm_conv_job *job, int64_t b, int64_t channel, int64_t count,
-                                int64_t first, int64_t steps, conv_scratch_backward *s) {
-    int64_t taps = known_taps ? known_taps : job->taps, ahead = taps - 1, L = job->length;
+/* A row of 16 channels: where it lies if it is plain, zero outside of the sequence, else converted. */
+INLINE const float *conv_row(const mm_view *v, int64_t b, int64_t l, int64_t length, int64_t channel, int64_t filled,
+                             const float *zero, float *converted) {
+    if (l < 0 || l >= length) return zero;
+    const char *row = element(v, b, l, 0, channel);
+    if (is_plain(v, filled)) return (const float *)row;
+    memset(converted, 0, MM_BLOCK * sizeof(float));
+    row_to_float(converted, row, v->dtype, filled);
+    return converted;
+}
+
+static look_ahead conv_rows_ahead(const mm_conv_job *job, int64_t b, int64_t first, int64_t block) {
+    look_ahead a = {.count = 3};
+    const mm_view *views[] = {&job->x, &job->grad_y, &job->grad_x};
+    for (int i = 0; i < a.count; i++) {
+        a.rows[i] = rows_in_memory(views[i], b, 0, block * MM_BLOCK, IN_ORDER);
+        a.rows[i].base += first * a.rows[i].stride;
+    }
+    return a;
+}
+
+INLINE void conv_backward_chunk(const int known_taps, const mm_conv_job *job, int64_t b, int64_t channel, int64_t filled,
+                                int64_t first, int64_t steps, const look_ahead *next, float *kept, conv_scratch_backward *s) {
+    const int count = GROUP;
+    const int64_t taps = known_taps ? known_taps : job->taps, ahead = taps - 1, L = job->length, reach = steps + ahead;
     const exp2_constants e = exp2_setup();
-    for (int64_t t = 0; t < steps + 2 * ahead; t++) { /* x from first - ahead */
-        int64_t l = first - ahead + t;
-        memset(s->x + t * MM_BLOCK, 0, MM_BLOCK * sizeof(float));
-        if (l >= 0 && l < L) row_to_float(s->x + t * MM_BLOCK, element(&job->x, b, l, 0, channel), job->x.dtype, count);
-    }
-    for (int64_t t = 0; t < steps + ahead; t++) { /* gradient before the SiLU, from first */
-        int64_t l = first + t;
-        memset(s->grad + t * MM_BLOCK, 0, MM_BLOCK * sizeof(float));
-        if (l >= L) continue;
-        row_to_float(s->grad + t * MM_BLOCK, element(&job->grad_y, b, l, 0, channel), job->grad_y.dtype, count);
-        if (!job->silu) continue;
-        for (int v = 0; v < VECTORS; v++) {
-            vf y = load(s->bias + v * LANES);
+    float *weight = kept, *bias = weight + taps * MM_BLOCK, *grad_weight = bias + MM_BLOCK, *grad_bias = grad_weight + taps * MM_BLOCK;
+    for (int64_t t = 0; t < reach + GROUP_STEPS; t++)
+        s->grad_y[t] = conv_row(&job->grad_y, b, first + t, L, channel, filled, s->zero, s->converted_grad_y + t * MM_BLOCK);
+    for (int64_t t = 0; t < reach + ahead + GROUP_STEPS; t++)
+        s->x[t] = conv_row(&job->x, b, first - ahead + t, L, channel, filled, s->zero, s->converted_x + t * MM_BLOCK);
+    for (int64_t t = 0; t < reach; t += GROUP_STEPS) {
+        vf grad[GROUP];
+        EACH grad[i] = load_unaligned(s->grad_y[t + GROUP_ROW(i)] + GROUP_LANE(i));
+        if (job->silu) {
+            vf y[GROUP], open[GROUP];
+            EACH y[i] = load(bias + GROUP_LANE(i));
             UNROLL for (int64_t k = 0; k < taps; k++)
-                y += load(s->x + (t + k) * MM_BLOCK + v * LANES) * load(s->weight + k * MM_BLOCK + v * LANES);
-            vf open;
-            sigmoid_many(1, &e, &y, &open);
-            float *grad = s->grad + t * MM_BLOCK + v * LANES;
-            store(grad, load(grad) * (open * (y * (1.0f - open) + 1.0f)));
+                EACH y[i] += load_unaligned(s->x[t + GROUP_ROW(i) + k] + GROUP_LANE(i)) * load(weight + k * MM_BLOCK + GROUP_LANE(i));
+            sigmoid_many(GROUP, &e, y, open);
+            EACH grad[i] *= open[i] * (y[i] * (1.0f - open[i]) + 1.0f);
         }
+        EACH store(s->grad + t * MM_BLOCK + i * LANES, grad[i]);
     }
+    for (int64_t t = L - first; t < reach; t++) memset(s->grad + t * MM_BLOCK, 0, MM_BLOCK * sizeof(float)); /* NaN else */
     row_set target = rows_in_memory(&job->grad_x, b, 0, channel, IN_ORDER);
     target.base += first * target.stride;
-    row_set out = is_plain(&job->grad_x, count) ? target : rows_of_tile(s->out);
+    row_set out = is_plain(&job->grad_x, filled) ? target : rows_of_tile(s->out);
     for (int64_t t = 0; t < steps; t++) {
+        for (int i = 0; i < next->count; i++) __builtin_prefetch(row_at(&next->rows[i], t), 0, 2);
         for (int v = 0; v < VECTORS; v++) {
             vf sum = {0};
             UNROLL for (int64_t k = 0; k < taps; k++)
-                sum += load(s->grad + (t + ahead - k) * MM_BLOCK + v * LANES) * load(s->weight + k * MM_BLOCK + v * LANES);
+                sum += load(s->grad + (t + ahead - k) * MM_BLOCK + v * LANES) * load(weight + k * MM_BLOCK + v * LANES);
             store_unaligned(row_at(&out, t) + v * LANES, sum);
         }
     }
-    if (!is_plain(&job->grad_x, count)) empty_tile(&target, job->grad_x.dtype, count, steps, s->out);
-    for (int v = 0; v < VECTORS; v++) {
-        for (int64_t k = 0; k < taps; k++) {
-            vf sum = {0};
-            for (int64_t t = 0; t < steps; t++)
-                sum += load(s->grad + t * MM_BLOCK + v * LANES) * load(s->x + (t + k) * MM_BLOCK + v * LANES);
-            float *total = s->grad_weight + k * MM_BLOCK + v * LANES;
-            store(total, load(total) + sum);
+    if (!is_plain(&job->grad_x, filled)) empty_tile(&target, job->grad_x.dtype, filled, steps, s->out);
+    for (int v = 0; v < MM_BLOCK; v += LANES) {
+        vf sum = load(grad_bias + v);
+        for (int64_t t = 0; t < steps; t++) sum += load(s->grad + t * MM_BLOCK + v);
+        store(grad_bias + v, sum);
+        for (int64_t k = 0; k < taps; k += 4) {
+            const int count = 4; /* sums side by side; beyond the last tap they are not kept */
+            vf sums[4] = {{0}};
+            for (int64_t t = 0; t < steps; t++) {
+                vf grad = load(s->grad + t * MM_BLOCK + v);
+                EACH sums[i] += grad * load_unaligned(s->x[t + (k + i < taps ? k + i : k)] + v);
+            }
+            EACH if (k + i < taps) store(grad_weight + (k + i) * MM_BLOCK + v, load(grad_weight + (k + i) * MM_BLOCK + v) + sums[i]);
         }
-        vf sum = {0};
-        for (int64_t t = 0; t < steps; t++) sum += load(s->grad + t * MM_BLOCK + v * LANES);
-        store(s->grad_bias + v * LANES, load(s->grad_bias + v * LANES) + sum);
     }
 }
 
-/* Items: (batch, block of 16 channels). */
+/* Items: (batch, bundle of blocks of 16 channels), chunk by chunk, so that rows of memory are gone through once. */
 static void conv_backward(const mm_conv_job *job, const mm_partials *partials, int64_t item, void *scratch) {
-    int64_t blocks = mm_ceil(job->channels, MM_BLOCK), b = item / blocks, channel = item % blocks * MM_BLOCK;
-    int64_t count = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK, taps = job->taps;
+    int64_t blocks = mm_ceil(job->channels, MM_BLOCK), bundles = mm_ceil(blocks, partials->bundle), taps = job->taps;
+    int64_t b = item / bundles, begin = blocks * (item % bundles) / bundles, end = blocks * (item % bundles + 1) / bundles;
+    size_t per_block = conv_block_floats(taps);
     conv_scratch_backward *s = scratch;
-    memset(s->grad_weight, 0, sizeof s->grad_weight);
-    memset(s->grad_bias, 0, sizeof s->grad_bias);
-    transpose_in(job->weight + channel * taps, count, taps, taps, s->weight);
-    vector_in(job->bias ? job->bias + channel : NULL, count, s->bias);
-    for (int64_t first = 0; first < job->length; first += MM_CHUNK) {
-        int64_t steps = job->length - first < MM_CHUNK ? job->length - first : MM_CHUNK;
-        if (taps == 4)
-            conv_backward_chunk(4, job, b, channel, count, first, steps, s);
-        else
-            conv_backward_chunk(0, job, b, channel, count, first, steps, s);
+    memset(s->zero, 0, sizeof s->zero);
+    memset(s->rest, 0, (size_t)(end - begin) * per_block * sizeof(float));
+    for (int64_t i = begin; i < end; i++) {
+        float *weight = s->rest + (size_t)(i - begin) * per_block;
+        int64_t channel = i * MM_BLOCK, filled = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
+        transpose_in(job->weight + channel * taps, filled, taps, taps, weight);
+        vector_in(job->bias ? job->bias + channel : NULL, filled, weight + taps * MM_BLOCK);
     }
-    transpose_out(partials->A + (b * job->channels + channel) * taps, count, taps, s->grad_weight);
-    memcpy(partials->bias + b * job->channels + channel, s->grad_bias, (size_t)count * sizeof(float));
+    for (int64_t first = 0; first < job->length; first += MM_CHUNK)
+        for (int64_t i = begin; i < end; i++) {
+            float *kept = s->rest + (size_t)(i - begin) * per_block;
+            int64_t channel = i * MM_BLOCK, filled = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
+            int64_t steps = job->length - first < MM_CHUNK ? job->length - first : MM_CHUNK;
+            look_ahead next = conv_rows_ahead(job, b, i + 1 < end ? first : first + MM_CHUNK, i + 1 < end ? i + 1 : begin);
+            if (taps == 4)
+                conv_backward_chunk(4, job, b, channel, filled, first, steps, &next, kept, s);
+            else
+                conv_backward_chunk(0, job, b, channel, filled, first, steps, &next, kept, s);
+        }
+    for (int64_t i = begin; i < end; i++) {
+        const float *grad_weight = s->rest + (size_t)(i - begin) * per_block + (taps + 1) * MM_BLOCK;
+        int64_t channel = i * MM_BLOCK, filled = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
+        transpose_out(partials->A + (b * job->channels + channel) * taps, filled, taps, grad_weight);
+        memcpy(partials->bias + b * job->channels + channel, grad_weight + taps * MM_BLOCK, (size_t)filled * sizeof(float));
+    }
 }
 
 #endif

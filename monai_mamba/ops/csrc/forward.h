@@ -5,7 +5,7 @@
 #include "rows.h"
 
 /* A work item scans some blocks of channels side by side, chunk by chunk: neighbouring blocks share the tiles of B and
- * C, the lines of the cache and the pages of memory. */
+ * C, the lines of the cache and the pages of memory. So do shares of several groups, one after the other in each chunk. */
 typedef struct {
     float step[TILE], drive[TILE], y[TILE], gate[TILE]; /* delta, delta * u, output, silu(z) */
     int64_t position[2][MM_CHUNK];
@@ -15,10 +15,18 @@ typedef struct {
 /* What a block keeps from chunk to chunk: D, bias, [0]: the largest decay rate, decay rates (N, 16), state (N, 16). */
 static size_t block_floats(int64_t padded) { return (size_t)((3 + 2 * padded) * MM_BLOCK); }
 
-static size_t scan_forward_scratch(const mm_scan_job *job, int64_t parts) {
-    int64_t N = mm_padded_states(job->d_state), blocks = mm_ceil(mm_ceil(job->channels, MM_BLOCK), parts);
+static size_t scan_forward_scratch(const mm_scan_job *job, const mm_partials *partials) {
+    int64_t N = mm_padded_states(job->d_state);
+    int64_t blocks = partials->bundle * mm_ceil(mm_ceil(job->channels, MM_BLOCK), partials->parts);
     return sizeof(forward_scratch) + ((size_t)blocks * block_floats(N) + (size_t)(2 * MM_CHUNK * N)) * sizeof(float);
 }
+
+/* Some blocks of a group over the whole sequence, with what they keep from chunk to chunk. */
+typedef struct {
+    const mm_scan_job *job;
+    int64_t b, g, begin, own; /* own: number of blocks, from block `begin` on */
+    float *kept;
+} forward_share;
 
 /* Work on one block of channels in one chunk. */
 typedef struct {
@@ -54,11 +62,6 @@ static look_ahead rows_ahead(const mm_scan_job *job, int64_t b, int64_t g, int64
 }
 
 /* ---- several states: step sizes of a chunk first, then sweeps over some of the states each ---- */
-
-/* Vectors of four rows, two, or one, done together; `GROUP_ROW` and `GROUP_LANE` tell where vector i lies. */
-enum { GROUP = 4, GROUP_STEPS = GROUP * LANES / MM_BLOCK };
-#define GROUP_ROW(i) ((i) * LANES / MM_BLOCK)
-#define GROUP_LANE(i) ((i) * LANES % MM_BLOCK)
 
 /* delta, delta * u, silu(z) and D * u, plus what is in y already, of a chunk. Returns the largest step size. The last
  * group may run over the end, where positions repeat the last step. */
@@ -173,46 +176,45 @@ INLINE void forward_sweeps(const int bounded, const block_work *w, int64_t N, co
     }
 }
 
-static void forward_states(const mm_scan_job *job, int64_t b, int64_t g, int64_t begin, int64_t end, int accumulate,
-                           forward_scratch *s) {
-    int64_t L = job->length, N = mm_padded_states(job->d_state), chunks = mm_ceil(L, MM_CHUNK), own = end - begin;
-    size_t per_block = block_floats(N);
-    float *B = s->rest, *C = B + MM_CHUNK * N, *blocks = C + MM_CHUNK * N;
-    for (int64_t i = 0; i < own; i++) {
-        float *D = blocks + (size_t)i * per_block, *bias = D + MM_BLOCK, *fastest = bias + MM_BLOCK;
+static void begin_states(const forward_share *x) {
+    const mm_scan_job *job = x->job;
+    int64_t N = mm_padded_states(job->d_state);
+    for (int64_t i = 0; i < x->own; i++) {
+        float *D = x->kept + (size_t)i * block_floats(N), *bias = D + MM_BLOCK, *fastest = bias + MM_BLOCK;
         float *rates = fastest + MM_BLOCK, *state = rates + N * MM_BLOCK;
-        int64_t channel = (begin + i) * MM_BLOCK, first_channel = g * job->channels + channel;
+        int64_t channel = (x->begin + i) * MM_BLOCK, row = x->g * job->channels + channel;
         int64_t count = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
-        transpose_in(job->A + first_channel * job->d_state, count, job->d_state, N, rates);
+        transpose_in(job->A + row * job->d_state, count, job->d_state, N, rates);
         scale_rates(rates, N * MM_BLOCK);
         memset(state, 0, (size_t)N * MM_BLOCK * sizeof(float));
-        vector_in(job->D ? job->D + first_channel : NULL, count, D);
-        vector_in(job->delta_bias ? job->delta_bias + first_channel : NULL, count, bias);
+        vector_in(job->D ? job->D + row : NULL, count, D);
+        vector_in(job->delta_bias ? job->delta_bias + row : NULL, count, bias);
         fastest[0] = fastest_rate(rates, N);
     }
-    route_positions(job, g, 0, MM_CHUNK, s->position[0]);
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        int64_t first = chunk * MM_CHUNK, steps = L - first < MM_CHUNK ? L - first : MM_CHUNK;
-        const int64_t *position = s->position[chunk & 1];
-        int64_t *following = s->position[~chunk & 1];
-        matrix_tile(&job->B, b, g, position, steps, job->d_state, N, B);
-        matrix_tile(&job->C, b, g, position, steps, job->d_state, N, C);
-        route_positions(job, g, first + MM_CHUNK, MM_CHUNK, following);
-        for (int64_t i = 0; i < own; i++) {
-            float *D = blocks + (size_t)i * per_block, *bias = D + MM_BLOCK, *fastest = bias + MM_BLOCK;
-            float *rates = fastest + MM_BLOCK, *state = rates + N * MM_BLOCK;
-            int64_t channel = (begin + i) * MM_BLOCK;
-            block_work w = begin_block(job, b, g, channel, steps, position, accumulate, s);
-            if (job->states && chunk) transpose_out(state_rows(job, b, g, chunk, channel), w.count, job->d_state, state);
-            float largest = forward_prologue_of(&w, D, bias, s);
-            look_ahead ahead = i + 1 < own ? rows_ahead(job, b, g, channel + MM_BLOCK, position)
-                                           : rows_ahead(job, b, g, begin * MM_BLOCK, following);
-            if (!EXP2_NEEDS_NO_BOUND && largest * fastest[0] <= EXP2_LIMIT)
-                forward_sweeps(1, &w, N, rates, state, B, C, &ahead, s);
-            else
-                forward_sweeps(0, &w, N, rates, state, B, C, &ahead, s);
-            end_block(&w, s);
-        }
+}
+
+static void forward_states(const forward_share *x, int64_t chunk, int64_t steps, const int64_t *position, int accumulate,
+                           const look_ahead *following, forward_scratch *s) {
+    const mm_scan_job *job = x->job;
+    int64_t N = mm_padded_states(job->d_state);
+    float *B = s->rest, *C = B + MM_CHUNK * N;
+    matrix_tile(&job->B, x->b, x->g, position, steps, job->d_state, N, B);
+    matrix_tile(&job->C, x->b, x->g, position, steps, job->d_state, N, C);
+    for (int64_t i = 0; i < x->own; i++) {
+        float *D = x->kept + (size_t)i * block_floats(N), *bias = D + MM_BLOCK, *fastest = bias + MM_BLOCK;
+        float *rates = fastest + MM_BLOCK, *state = rates + N * MM_BLOCK;
+        int64_t channel = (x->begin + i) * MM_BLOCK;
+        block_work w = begin_block(job, x->b, x->g, channel, steps, position, accumulate, s);
+        if (job->states && chunk)
+            transpose_out(state_rows(job, x->b, x->g, chunk, channel), w.count, job->d_state, state);
+        float largest = forward_prologue_of(&w, D, bias, s);
+        look_ahead ahead = *following;
+        if (i + 1 < x->own) ahead = rows_ahead(job, x->b, x->g, channel + MM_BLOCK, position);
+        if (!EXP2_NEEDS_NO_BOUND && largest * fastest[0] <= EXP2_LIMIT)
+            forward_sweeps(1, &w, N, rates, state, B, C, &ahead, s);
+        else
+            forward_sweeps(0, &w, N, rates, state, B, C, &ahead, s);
+        end_block(&w, s);
     }
 }
 
@@ -280,56 +282,86 @@ INLINE void single_state_of(const int vectors, const block_work *w, const float 
     }
 }
 
-static void forward_single_state(const mm_scan_job *job, int64_t b, int64_t g, int64_t begin, int64_t end,
-                                 int accumulate, forward_scratch *s) {
-    int64_t L = job->length, chunks = mm_ceil(L, MM_CHUNK), first_channel = begin * MM_BLOCK;
-    int64_t last_channel = end * MM_BLOCK < job->channels ? end * MM_BLOCK : job->channels;
-    int64_t own = (end - begin) * MM_BLOCK, row = g * job->channels + first_channel, filled = last_channel - first_channel;
-    float *B = s->rest, *C = B + MM_CHUNK, *D = C + MM_CHUNK, *bias = D + own, *rates = bias + own, *state = rates + own;
+static int64_t filled_channels(const forward_share *x) {
+    int64_t end = (x->begin + x->own) * MM_BLOCK;
+    return (end < x->job->channels ? end : x->job->channels) - x->begin * MM_BLOCK;
+}
+
+static void begin_single_state(const forward_share *x) {
+    const mm_scan_job *job = x->job;
+    int64_t own = x->own * MM_BLOCK, row = x->g * job->channels + x->begin * MM_BLOCK, filled = filled_channels(x);
+    float *D = x->kept, *bias = D + own, *rates = bias + own; /* then the state */
     memset(D, 0, (size_t)(4 * own) * sizeof(float));
     if (job->D) memcpy(D, job->D + row, (size_t)filled * sizeof(float));
     if (job->delta_bias) memcpy(bias, job->delta_bias + row, (size_t)filled * sizeof(float));
     memcpy(rates, job->A + row, (size_t)filled * sizeof(float));
     scale_rates(rates, filled);
+}
+
+static void forward_single_state(const forward_share *x, int64_t chunk, int64_t steps, const int64_t *position,
+                                 int accumulate, const look_ahead *following, forward_scratch *s) {
+    const mm_scan_job *job = x->job;
+    int64_t own = x->own * MM_BLOCK, first_channel = x->begin * MM_BLOCK, filled = filled_channels(x);
+    float *B = s->rest, *C = B + MM_CHUNK, *D = x->kept, *bias = D + own, *rates = bias + own, *state = rates + own;
     int wide = job->u.dtype == MM_FLOAT32 && job->delta.dtype == MM_FLOAT32 && job->y.dtype == MM_FLOAT32 &&
                (!job->z.data || job->z.dtype == MM_FLOAT32);
-    route_positions(job, g, 0, MM_CHUNK, s->position[0]);
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        int64_t first = chunk * MM_CHUNK, steps = L - first < MM_CHUNK ? L - first : MM_CHUNK;
-        const int64_t *position = s->position[chunk & 1];
-        int64_t *following = s->position[~chunk & 1];
-        matrix_tile(&job->B, b, g, position, steps, 1, 1, B);
-        matrix_tile(&job->C, b, g, position, steps, 1, 1, C);
-        route_positions(job, g, first + MM_CHUNK, MM_CHUNK, following);
-        if (job->states && chunk) memcpy(state_rows(job, b, g, chunk, first_channel), state, (size_t)filled * sizeof(float));
-        for (int64_t i = 0, together; i < own; i += together) {
-            int64_t most = !wide ? 1 : (filled - i) / MM_BLOCK;
-            together = (WIDEST == 4 && most >= 4 ? 4 : most >= 2 ? 2 : 1) * MM_BLOCK;
-            block_work w = begin_block(job, b, g, first_channel + i, steps, position, accumulate, s);
-            look_ahead ahead = i + together < own ? rows_ahead(job, b, g, first_channel + i + together, position)
-                                                  : rows_ahead(job, b, g, first_channel, following);
-            if (WIDEST == 4 && together == 4 * MM_BLOCK)
-                single_state_of(WIDEST * VECTORS, &w, B, C, D + i, bias + i, rates + i, state + i, &ahead);
-            else if (together == 2 * MM_BLOCK)
-                single_state_of(2 * VECTORS, &w, B, C, D + i, bias + i, rates + i, state + i, &ahead);
+    matrix_tile(&job->B, x->b, x->g, position, steps, 1, 1, B);
+    matrix_tile(&job->C, x->b, x->g, position, steps, 1, 1, C);
+    if (job->states && chunk)
+        memcpy(state_rows(job, x->b, x->g, chunk, first_channel), state, (size_t)filled * sizeof(float));
+    for (int64_t i = 0, together; i < own; i += together) {
+        int64_t most = !wide ? 1 : (filled - i) / MM_BLOCK;
+        together = (WIDEST == 4 && most >= 4 ? 4 : most >= 2 ? 2 : 1) * MM_BLOCK;
+        block_work w = begin_block(job, x->b, x->g, first_channel + i, steps, position, accumulate, s);
+        look_ahead ahead = *following;
+        if (i + together < own) ahead = rows_ahead(job, x->b, x->g, first_channel + i + together, position);
+        if (WIDEST == 4 && together == 4 * MM_BLOCK)
+            single_state_of(WIDEST * VECTORS, &w, B, C, D + i, bias + i, rates + i, state + i, &ahead);
+        else if (together == 2 * MM_BLOCK)
+            single_state_of(2 * VECTORS, &w, B, C, D + i, bias + i, rates + i, state + i, &ahead);
+        else
+            single_state_of(VECTORS, &w, B, C, D + i, bias + i, rates + i, state + i, &ahead);
+        end_block(&w, s);
+    }
+}
+
+/* ---- a sequence ---- */
+
+/* Some shares side by side, chunk by chunk. They are counted within `group` if the groups are merged, else through all
+ * parts of the first group, the second, ... */
+static void forward_sequence(const mm_scan_job *job, const mm_partials *partials, int64_t b, int64_t group, int64_t first,
+                             int64_t count, int accumulate, forward_scratch *s) {
+    int64_t L = job->length, N = mm_padded_states(job->d_state), blocks = mm_ceil(job->channels, MM_BLOCK);
+    int64_t parts = partials->parts;
+    forward_share shares[MM_BUNDLE];
+    float *kept = s->rest + 2 * MM_CHUNK * N;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t g = job->merge ? group : (first + i) / parts, part = (first + i) % parts, begin = blocks * part / parts;
+        shares[i] = (forward_share){job, b, g, begin, blocks * (part + 1) / parts - begin, kept};
+        kept += (size_t)shares[i].own * block_floats(N);
+        N == 1 ? begin_single_state(&shares[i]) : begin_states(&shares[i]);
+    }
+    route_positions(job, group, 0, MM_CHUNK, s->position[0]);
+    for (int64_t chunk = 0; chunk * MM_CHUNK < L; chunk++) {
+        int64_t rest = L - chunk * MM_CHUNK, steps = rest < MM_CHUNK ? rest : MM_CHUNK;
+        int64_t *position = s->position[chunk & 1], *following = s->position[~chunk & 1];
+        route_positions(job, group, (chunk + 1) * MM_CHUNK, MM_CHUNK, following);
+        for (int64_t i = 0; i < count; i++) {
+            const forward_share *next = &shares[i + 1 < count ? i + 1 : 0];
+            look_ahead ahead = rows_ahead(job, b, next->g, next->begin * MM_BLOCK, i + 1 < count ? position : following);
+            if (N == 1)
+                forward_single_state(&shares[i], chunk, steps, position, accumulate, &ahead, s);
             else
-                single_state_of(VECTORS, &w, B, C, D + i, bias + i, rates + i, state + i, &ahead);
-            end_block(&w, s);
+                forward_states(&shares[i], chunk, steps, position, accumulate, &ahead, s);
         }
     }
 }
 
-/* Items: (batch, part), all routes in turn, if the groups are merged; else (batch, group, part). */
-static void scan_forward(const mm_scan_job *job, int64_t parts, int64_t item, void *scratch) {
-    int64_t blocks = mm_ceil(job->channels, MM_BLOCK), part = item % parts;
-    int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
-    int64_t g = job->merge ? 0 : item / parts % job->groups, b = item / parts / (job->merge ? 1 : job->groups);
-    for (int64_t last = job->merge ? job->groups : g + 1, first = g; g < last; g++) {
-        if (job->d_state == 1)
-            forward_single_state(job, b, g, begin, end, g > first, scratch);
-        else
-            forward_states(job, b, g, begin, end, g > first, scratch);
-    }
+/* Items: (batch, bundle of shares); all routes in turn, if the groups are merged. */
+static void scan_forward(const mm_scan_job *job, const mm_partials *partials, int64_t item, void *scratch) {
+    int64_t first, count, b = bundle_of(job, partials, item, &first, &count);
+    for (int64_t g = 0; g < (job->merge ? job->groups : 1); g++)
+        forward_sequence(job, partials, b, g, first, count, g > 0, scratch);
 }
 
 #endif

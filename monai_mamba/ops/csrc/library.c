@@ -303,7 +303,7 @@ typedef struct {
 
 static void run_scan_forward(const void *c, int64_t item, void *scratch) {
     const context *x = c;
-    x->kernels->scan_forward(x->job, x->partials->parts, item, scratch);
+    x->kernels->scan_forward(x->job, x->partials, item, scratch);
 }
 static void run_scan_backward(const void *c, int64_t item, void *scratch) {
     const context *x = c;
@@ -350,6 +350,18 @@ static int64_t forward_parts(const mm_scan_job *job, int64_t independent, int64_
     return parts < blocks ? parts : blocks;
 }
 
+/* How many shares a work item scans side by side: as many as leave their `kept` numbers of every state in a part of the
+ * second-level cache, and each thread some items. Has no influence on results. */
+static int64_t shares_together(const mm_scan_job *job, int64_t shares, int64_t parts, int64_t kept, int64_t threads) {
+    int64_t channels = mm_ceil(mm_ceil(job->channels, MM_BLOCK), parts) * MM_BLOCK;
+    int64_t most = (192 << 10) / (channels * kept * mm_padded_states(job->d_state) * (int64_t)sizeof(float));
+    int64_t spread = threads > 1 ? shares * job->batch / (4 * threads) : shares;
+    if (job->length <= MM_CHUNK) return 1; /* nothing is come back to */
+    if (most > spread) most = spread;
+    if (most > MM_BUNDLE) most = MM_BUNDLE;
+    return most < 1 ? 1 : most < shares ? most : shares;
+}
+
 EXPORT int mm_scan_forward(const mm_scan_job *job, int64_t index, int64_t threads) {
     const mm_kernels *kernels = variant(index);
     if (!kernels) return MM_NO_VARIANT;
@@ -360,9 +372,11 @@ EXPORT int mm_scan_forward(const mm_scan_job *job, int64_t index, int64_t thread
     int64_t saved = job->batch * (mm_ceil(job->length, MM_CHUNK) - 1) * job->groups * job->channels * job->d_state;
     ask_for_huge_pages(job->states, saved * (int64_t)sizeof(float));
     mm_partials partials = {.parts = forward_parts(job, independent, threads)};
+    int64_t shares = independent / job->batch * partials.parts;
+    partials.bundle = shares_together(job, shares, partials.parts, 2, threads);
     context c = {job, &partials, kernels};
-    size_t scratch = kernels->scan_forward_scratch(job, partials.parts);
-    work w = {run_scan_forward, &c, scratch, independent * partials.parts, 0, 0};
+    size_t scratch = kernels->scan_forward_scratch(job, &partials);
+    work w = {run_scan_forward, &c, scratch, job->batch * mm_ceil(shares, partials.bundle), 0, 0};
     return run(&w, threads);
 }
 
@@ -372,7 +386,10 @@ EXPORT int mm_scan_backward(const mm_scan_job *job, int64_t index, int64_t threa
     if (bad_scan(job, 1)) return MM_BAD_ARGUMENT;
     int64_t rows = job->groups * job->channels, matrix = job->batch * job->length * job->groups * job->d_state;
     int64_t parts = backward_parts(job), per_batch = rows * (job->d_state + 2);
-    int64_t items = job->batch * (job->merge ? 1 : job->groups) * parts;
+    int64_t shares = (job->merge ? 1 : job->groups) * parts;
+    threads = useful_threads(threads, job->length * job->batch * rows * job->d_state * 2);
+    int64_t bundle = shares_together(job, shares, parts, 3, threads);
+    int64_t items = job->batch * mm_ceil(shares, bundle);
     float *sums = malloc((size_t)(job->batch * per_batch) * sizeof(float));
     float *matrices = parts > 1 ? malloc((size_t)(2 * (parts - 1) * matrix) * sizeof(float)) : NULL;
     int status = sums && (matrices || parts == 1) ? MM_OK : MM_NO_MEMORY;
@@ -380,12 +397,12 @@ EXPORT int mm_scan_backward(const mm_scan_job *job, int64_t index, int64_t threa
         const mm_view *written[] = {&job->grad_u, &job->grad_delta, &job->grad_z};
         for (int i = 0; i < 3; i++) ask_for_view(written[i], job->batch, job->length, job->groups, job->channels);
         ask_for_huge_pages(matrices, 2 * (parts - 1) * matrix * (int64_t)sizeof(float));
-        mm_partials partials = {parts, matrices, parts > 1 ? matrices + (parts - 1) * matrix : NULL, sums,
+        mm_partials partials = {parts, bundle, matrices, parts > 1 ? matrices + (parts - 1) * matrix : NULL, sums,
                                 sums + job->batch * rows * job->d_state,
                                 sums + job->batch * rows * (job->d_state + 1)};
         context c = {job, &partials, kernels};
         work w = {run_scan_backward, &c, kernels->scan_backward_scratch(job, &partials), items, 0, 0};
-        status = run(&w, useful_threads(threads, job->length * job->batch * rows * job->d_state * 2));
+        status = run(&w, threads);
         if (status == MM_OK) {
             add_parts(job->grad_B, job->grad_B, partials.B, parts, matrix);
             add_parts(job->grad_C, job->grad_C, partials.C, parts, matrix);
@@ -406,7 +423,7 @@ EXPORT int mm_conv_forward(const mm_conv_job *job, int64_t index, int64_t thread
     if (bad_conv(job, 0)) return MM_BAD_ARGUMENT;
     context c = {job, NULL, kernels};
     ask_for_view(&job->y, job->batch, job->length, 1, job->channels);
-    work w = {run_conv_forward, &c, kernels->conv_scratch(job), job->batch * mm_ceil(job->length, MM_CONV_SEGMENT), 0, 0};
+    work w = {run_conv_forward, &c, kernels->conv_scratch(job, 0), job->batch * mm_ceil(job->length, MM_CONV_SEGMENT), 0, 0};
     return run(&w, useful_threads(threads, job->batch * job->length * job->channels * 4));
 }
 
@@ -417,12 +434,15 @@ EXPORT int mm_conv_backward(const mm_conv_job *job, int64_t index, int64_t threa
     int64_t size = job->channels * (job->taps + 1);
     float *sums = malloc((size_t)(job->batch * size) * sizeof(float));
     if (!sums) return MM_NO_MEMORY;
-    mm_partials partials = {1, NULL, NULL, sums, NULL, sums + job->batch * job->channels * job->taps};
+    threads = useful_threads(threads, job->batch * job->length * job->channels * 8);
+    int64_t blocks = mm_ceil(job->channels, MM_BLOCK), bundle = threads > 1 ? blocks * job->batch / (4 * threads) : blocks;
+    bundle = bundle < 1 ? 1 : bundle < MM_BUNDLE ? bundle : MM_BUNDLE;
+    mm_partials partials = {1, bundle, NULL, NULL, sums, NULL, sums + job->batch * job->channels * job->taps};
     context c = {job, &partials, kernels};
     ask_for_view(&job->grad_x, job->batch, job->length, 1, job->channels);
-    int64_t items = job->batch * mm_ceil(job->channels, MM_BLOCK);
-    work w = {run_conv_backward, &c, kernels->conv_scratch(job), items, 0, 0};
-    int status = run(&w, useful_threads(threads, job->batch * job->length * job->channels * 8));
+    int64_t items = job->batch * mm_ceil(blocks, bundle);
+    work w = {run_conv_backward, &c, kernels->conv_scratch(job, bundle), items, 0, 0};
+    int status = run(&w, threads);
     if (status == MM_OK) {
         int64_t weights = job->channels * job->taps;
         add_parts(job->grad_weight, partials.A, partials.A + weights, job->batch, weights);

@@ -158,6 +158,11 @@ INLINE void finish_rows(const mm_view *v, int64_t b, int64_t g, int64_t channel,
 
 /* ---- tiles ---- */
 
+/* Vectors of four rows, two, or one, done together; `GROUP_ROW` and `GROUP_LANE` tell where vector i lies. */
+enum { GROUP = 4, GROUP_STEPS = GROUP * LANES / MM_BLOCK };
+#define GROUP_ROW(i) ((i) * LANES / MM_BLOCK)
+#define GROUP_LANE(i) ((i) * LANES % MM_BLOCK)
+
 /* Positions in memory of the steps of a chunk. Steps past the end repeat the last one, for prefetching. */
 static void route_positions(const mm_scan_job *job, int64_t group, int64_t first, int64_t count, int64_t *position) {
     int64_t route = job->merge ? job->routes[group] : job->routes[0];
@@ -171,6 +176,14 @@ static void route_positions(const mm_scan_job *job, int64_t group, int64_t first
         }
         position[t] = step;
     }
+}
+
+/* Batch of a work item, and its bundle of shares. */
+static int64_t bundle_of(const mm_scan_job *job, const mm_partials *partials, int64_t item, int64_t *first, int64_t *count) {
+    int64_t shares = partials->parts * (job->merge ? 1 : job->groups), bundles = mm_ceil(shares, partials->bundle);
+    *first = shares * (item % bundles) / bundles;
+    *count = shares * (item % bundles + 1) / bundles - *first;
+    return item / bundles;
 }
 
 /* Matrix rows (B or C) of a chunk as (steps, padded states). */

@@ -13,6 +13,7 @@
 #define MM_CHUNK 64     /* steps between two saved states, and of one tile */
 #define MM_BLOCK 16     /* channels of one tile, in every variant */
 #define MM_MAX_STATE 256
+#define MM_BUNDLE 32    /* most shares of channels that are scanned side by side */
 #define MM_MAX_ROUTES 16
 #define MM_MAX_TAPS 64
 
@@ -52,9 +53,11 @@ typedef struct {
     float *grad_weight, *grad_bias; /* shapes of weight and bias */
 } mm_conv_job;
 
-/* Where the parts of a backward pass put sums that are added up afterwards in a fixed order. */
+/* How a pass is dealt out, and where the parts of a backward pass put sums that are added up afterwards in a fixed order.
+ * A share is one part of the channels of one group. */
 typedef struct {
     int64_t parts;           /* channel blocks of a group are dealt out to this many parts */
+    int64_t bundle;          /* a work item scans up to this many shares side by side */
     float *B, *C;            /* (parts - 1) x (batch, length, groups, d_state); part 0 writes to the gradient itself */
     float *A, *D, *bias;     /* batch x (groups, channels, ...) */
 } mm_partials;
@@ -63,11 +66,11 @@ typedef struct {
 typedef struct {
     const char *name;
     int64_t lanes;
-    size_t (*scan_forward_scratch)(const mm_scan_job *, int64_t parts);
-    void (*scan_forward)(const mm_scan_job *, int64_t parts, int64_t item, void *scratch);
+    size_t (*scan_forward_scratch)(const mm_scan_job *, const mm_partials *);
+    void (*scan_forward)(const mm_scan_job *, const mm_partials *, int64_t item, void *scratch);
     size_t (*scan_backward_scratch)(const mm_scan_job *, const mm_partials *);
     void (*scan_backward)(const mm_scan_job *, const mm_partials *, int64_t item, void *scratch);
-    size_t (*conv_scratch)(const mm_conv_job *);
+    size_t (*conv_scratch)(const mm_conv_job *, int64_t bundle);
     void (*conv_forward)(const mm_conv_job *, int64_t item, void *scratch);
     void (*conv_backward)(const mm_conv_job *, const mm_partials *, int64_t item, void *scratch);
     double (*probe)(int64_t kind, int64_t rounds); /* see kernels.c */
