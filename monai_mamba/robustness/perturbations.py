@@ -86,14 +86,15 @@ def perturb(image: Tensor, perturbation: Perturbation, severity: int, seed: int,
         perturbation: what to do.
         severity: 1 to ``NUM_SEVERITIES``.
         seed: of directions and noise; the same for all severities of a case.
-        is_picture: the range is [0, 1] and nothing leaves it; else it is from the 0.5th to the 99.5th percentile.
+        is_picture: the range is [0, 1] and nothing leaves it; else it is that of each channel, from the 0.5th to the
+            99.5th percentile.
 
     Raises:
         ValueError: if the severity is none.
     """
     level, generator = _drawn(perturbation, severity, seed)
     values = torch.as_tensor(image).as_subclass(Tensor).float()
-    low, high = (0.0, 1.0) if is_picture else _range(values)
+    low, high = (torch.tensor(0.0), torch.tensor(1.0)) if is_picture else _range(values)
     scaled = (values - low) / (high - low)
     if perturbation.motion is not None:
         changed = perturbation.motion(values.shape[1:], level, generator).apply(scaled, "bilinear")
@@ -144,9 +145,12 @@ def is_colored(image: Tensor) -> bool:
     return len(image) == 3 and not bool((image[:1] == image).all())
 
 
-def _range(values: Tensor) -> tuple[float, float]:
-    low, high = np.percentile(values.numpy(), (0.5, 99.5))
-    return float(low), float(high if high > low else low + 1)
+def _range(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of each channel, ``(C, 1, ...)``: channels may be sequences with scales of their own."""
+    low, high = np.percentile(values.flatten(1).numpy(), (0.5, 99.5), axis=1)
+    shape = (-1, *[1] * (values.ndim - 1))
+    low, high = (torch.from_numpy(np.asarray(v, dtype=np.float32)).view(shape) for v in (low, high))
+    return low, torch.where(high > low, high, low + 1)
 
 
 def _direction(generator: np.random.Generator) -> float:

@@ -12,7 +12,7 @@ from monai.transforms import LoadImaged
 
 from monai_mamba.errors import DatasetError
 from monai_mamba.training.bundle import num_processes
-from monai_mamba.training.datalist import check_corrupt_policy
+from monai_mamba.training.datalist import FILE_KEYS, check_corrupt_policy
 from monai_mamba.training.transforms import ReadPictured
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def read_failure(case: Mapping[str, Any], error: BaseException) -> str:
         return str(cause)
     while error.__cause__ is not None or error.__context__ is not None:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    files = [str(case[key]) for key in ("image", "image1", "image2", "label") if isinstance(case.get(key), str | list)]
+    files = [str(case[key]) for key in (*FILE_KEYS, "label") if isinstance(case.get(key), str | list)]
     return f"{', '.join(files)}: cannot be read: {type(error).__name__}: {error}".splitlines()[0]
 
 

@@ -336,6 +336,7 @@ def test_command_ends_with_the_reason_in_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow  # half a minute; tests/training/test_loading.py has the quick ones
 def test_cases_damaged_after_the_check_are_left_out_of_training_validation_and_test(tmp_path, monkeypatch, caplog):
     bundle = tmp_path / "nnmamba_seg"
     shutil.copytree(ROOT / bundle.name / "configs", bundle / "configs")
@@ -346,6 +347,7 @@ def test_cases_damaged_after_the_check_are_left_out_of_training_validation_and_t
             workflow_type="train",
             logging_file=False,
             **{**SMALL[bundle.name], "max_epochs": 1, "on_corrupt": "drop", "num_draws": 5},
+            **{"validate#inferer#inferer#overlap": 0.0},
         )
         workflow.initialize()
         damaged = [workflow.parser.get_parsed_content(f"{section}#data")[1] for section in sections]

@@ -109,6 +109,13 @@ def test_points_that_leave_the_image_are_missing():
     np.testing.assert_allclose(moved[2], [15, 16], atol=0.5)
 
 
+def test_channels_of_a_volume_have_their_own_range():
+    one = 100 * texture((1, 20, 20, 12))
+    changed = perturb(torch.cat([one, 50 * one]), PERTURBATIONS["noise"], 3, 0, is_picture=False)
+    added = [(changed[0] - one[0]).std().item(), (changed[1] - 50 * one[0]).std().item()]
+    assert added[1] == pytest.approx(50 * added[0], rel=0.05)
+
+
 def test_direction_of_a_case_stays_over_the_severities():
     image = texture((1, 32, 32))
     signs = set()

@@ -231,3 +231,5 @@ def test_references_are_gathered_under_the_names_of_the_cases(tmp_path):
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["cases.csv", "dataset.json", "y.nii.gz"]
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["labels"] == {"background": 0, "organ": 1}
     assert (tmp_path / "out" / "cases.csv").read_text() == "case,patient\ny,q\n"
+    gather_references(cases, ["background", "organ"], tmp_path / "out", left_out={"y": "damaged"})
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["cases.csv", "dataset.json", "x.nii.gz"]
