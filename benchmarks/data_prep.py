@@ -5,7 +5,7 @@
 Every series is first converted by both and must have the same voxels at the same places. Times are CPU seconds of one
 core (command and everything it starts), minima of repetitions; compare ratios within one run only. Without --series,
 synthetic CT and MR series are used; --series adds real ones. Figures by which the gzip levels were chosen are in
-the part `gzip`. The part `workers` needs two free cores. All parts take some 10 minutes on two cores.
+the part `gzip`. The part `workers` needs two free cores; all parts take some minutes.
 """
 
 # ruff: noqa: E402

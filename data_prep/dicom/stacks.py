@@ -181,13 +181,7 @@ def build_stacks(slices: Sequence[Slice], policy: Policy, same_pixels: Callable[
     Raises:
         DicomReadError: with the name of the fault.
     """
-    for one in slices:
-        _check_plane(one)
-    _check_agreement(slices)
-    for what, name in (("frame_of_reference", "frames of reference"), ("patient", "patients")):
-        number = len({one.facts[what] for one in slices})
-        if number > 1:
-            raise DicomReadError(f"mixed-{name.replace(' ', '-')}", f"{number} {name} in one series")
+    check_agreement(slices)
     ordered, dropped = _drop_copies(sorted(slices, key=_order), policy.tolerance_mm, same_pixels)
     parts = _separate_overlaps(ordered, policy.tolerance_mm)
     if len(parts) > 1:
@@ -211,14 +205,24 @@ def build_stacks(slices: Sequence[Slice], policy: Policy, same_pixels: Callable[
     return [_build(ordered, policy, dropped, ())]
 
 
-def _check_agreement(slices: Sequence[Slice]) -> None:
-    """All slices of a group must have one spacing and one orientation."""
+def check_agreement(slices: Sequence[Slice]) -> None:
+    """All slices of a group must have a place, and one spacing, orientation, frame of reference and patient.
+
+    Raises:
+        DicomReadError: with the name of the fault.
+    """
+    for one in slices:
+        _check_plane(one)
     first = slices[0].plane
     for one in slices:
         if np.abs(np.subtract(one.plane["spacing"], first["spacing"])).max() > _SPACING_TOLERANCE_MM:
             raise DicomReadError("mixed-spacings", "slices of one series differ in their pixel spacing")
         if np.abs(np.subtract(one.plane["orientation"], first["orientation"])).max() > _COSINE_TOLERANCE:
             raise DicomReadError("mixed-orientations", "slices of one series differ in their orientation")
+    for what, name in (("frame_of_reference", "frames of reference"), ("patient", "patients")):
+        number = len({one.facts[what] for one in slices})
+        if number > 1:
+            raise DicomReadError(f"mixed-{name.replace(' ', '-')}", f"{number} {name} in one series")
 
 
 def _order(one: Slice) -> tuple[Any, ...]:

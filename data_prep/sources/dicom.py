@@ -20,6 +20,7 @@ from data_prep.dicom.stacks import (
     Slice,
     Stack,
     build_stacks,
+    check_agreement,
     is_projection,
     is_secondary_capture,
     num_orientations,
@@ -298,6 +299,7 @@ class Dicom(IntensityOptions, Source):
         return _Volume(series, number, stack, make, ref, patient, facts["study"], dropped)
 
     def _plan_mosaic(self, series: tuple[str, str], number: int, group: list[Slice], ref: Ref) -> _Volume:
+        check_agreement(group)
         if len(group) > 1 and self.time != "first":
             raise DicomReadError("time-points", f"{len(group)} mosaics, one per time point; take one with --time first")
         ordered = sorted(group, key=lambda one: (one.facts["acquisition"] or 0.0, one.facts["sop"], one.path))

@@ -362,6 +362,22 @@ def test_mosaic_that_contradicts_itself_is_refused(tmp_path, capsys, change):
     assert not list((tmp_path / "out").glob("images/*"))
 
 
+@more
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("PatientID", "other", "mixed-patients"),
+        ("FrameOfReferenceUID", uid("other"), "mixed-frames-of-reference"),
+        ("PixelSpacing", ["3", "3"], "mixed-spacings"),
+    ],
+)
+def test_mosaics_that_do_not_belong_together_are_refused(tmp_path, capsys, name, value, reason):
+    mosaics = [pydicom.dcmread(path) for path in sorted((MORE / "dicom_edge" / "mosaic_siemens").iterdir())]
+    setattr(mosaics[1], name, value)
+    convert_tree(Dicom(time="first"), _write(tmp_path / "in", mosaics), tmp_path / "out")
+    assert {found for (kind, _, _), (_, found) in report_lines(tmp_path / "out").items() if kind == "file"} == {reason}
+
+
 @pytest.mark.parametrize("is_same", [True, False])
 def test_channels_of_other_frames_of_reference_are_no_case(tmp_path, capsys, is_same):
     for name in ("t1", "t2"):
