@@ -272,13 +272,14 @@ static int bad_conv(const mm_conv_job *job, int backward) {
 
 /* ---- fresh memory ---- */
 
-/* Large arrays are new memory from the system at almost every call. Touched in pages of 4 kB it costs as much as the
- * arithmetic, and threads wait for each other there; in pages of 2 MB, which Linux gives for the asking where it is set
- * up so, it costs a few percent. Asks for the whole pages inside the array only; memory that is there already stays. */
+/* Arrays from 32 MB on are new memory from the system at every call, because malloc of glibc keeps none of that size.
+ * Touched in pages of 4 kB it costs as much as the arithmetic, and threads wait for each other there; in pages of 2 MB,
+ * which Linux gives for the asking where it is set up so, it costs a few percent. Smaller arrays lie in memory that is used
+ * again, by others too, for which a page of 2 MB may be far too much. Asks for the whole pages inside the array only. */
 static void ask_for_huge_pages(void *data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     const uintptr_t page = (uintptr_t)1 << 21;
-    if (!data || bytes < 2 * (int64_t)page) return;
+    if (!data || bytes < (int64_t)32 << 20) return;
     uintptr_t first = ((uintptr_t)data + page - 1) / page * page, last = ((uintptr_t)data + (uintptr_t)bytes) / page * page;
     madvise((void *)first, last - first, MADV_HUGEPAGE); /* a refusal changes nothing but the speed */
 #else
@@ -350,11 +351,11 @@ static int64_t forward_parts(const mm_scan_job *job, int64_t independent, int64_
     return parts < blocks ? parts : blocks;
 }
 
-/* How many shares a work item scans side by side: as many as leave their `kept` numbers of every state in a part of the
- * second-level cache, and each thread some items. Has no influence on results. */
+/* How many shares a work item scans side by side: as many as fill rows of some kilobytes, as long as their `kept` numbers
+ * of every state take little of the second-level cache, and each thread has some items. Has no influence on results. */
 static int64_t shares_together(const mm_scan_job *job, int64_t shares, int64_t parts, int64_t kept, int64_t threads) {
     int64_t channels = mm_ceil(mm_ceil(job->channels, MM_BLOCK), parts) * MM_BLOCK;
-    int64_t most = (192 << 10) / (channels * kept * mm_padded_states(job->d_state) * (int64_t)sizeof(float));
+    int64_t most = (80 << 10) / (channels * kept * mm_padded_states(job->d_state) * (int64_t)sizeof(float));
     int64_t spread = threads > 1 ? shares * job->batch / (4 * threads) : shares;
     if (job->length <= MM_CHUNK) return 1; /* nothing is come back to */
     if (most > spread) most = spread;
