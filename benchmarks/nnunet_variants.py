@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[dict, str, float] | None] = {
     "published head SGD 1e-2": (BASE, "sgd", 1e-2),
     "conv1x1 SGD 1e-2": (BASE | {"head": "conv1x1"}, "sgd", 1e-2),
     "published head AdamW 2e-3, instance norm": (BASE | {"norm": "instance"}, "adamw", 2e-3),
+    "conv1x1 AdamW 2e-3, instance norm": (BASE | {"head": "conv1x1", "norm": "instance"}, "adamw", 2e-3),
     "published head AdamW 2e-3, no scan": (BASE | {"mixer": "none"}, "adamw", 2e-3),
     "nnU-Net's own network and SGD 1e-2": None,
 }

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+from monai_mamba.nnunet.planned_networks import NNMAMBA_ARGUMENTS
 from monai_mamba.nnunet.trainer import MambaTrainer
-
-#: Logits of either sign. After the published head, BatchNorm and ReLU, a class can stay at zero for a whole run:
-#: docs/nnunet.md, "Why these defaults".
-HEAD = {"head": "conv1x1"}
 
 
 class nnMambaTrainer(MambaTrainer):
-    """nnMamba with a 1x1 convolution as the last layer, and AdamW; what to use."""
+    """nnMamba with instance normalisation, a 1x1 convolution as the last layer, and AdamW; what to use."""
 
-    network_arguments = HEAD
+    network_arguments = NNMAMBA_ARGUMENTS
 
 
 class nnMambaTrainerNoSSM(nnMambaTrainer):
     """The same network without scans, to measure what they are worth."""
 
-    network_arguments = HEAD | {"mixer": "none"}
+    network_arguments = NNMAMBA_ARGUMENTS | {"mixer": "none"}
 
 
-class nnMambaTrainerPublishedHead(nnMambaTrainer):
-    """The published last layers, two convolutions with BatchNorm and ReLU."""
+class nnMambaTrainerBatchNorm(nnMambaTrainer):
+    """The published normalisation over the batch."""
 
-    network_arguments = {"head": "double_conv"}  # noqa: RUF012
+    network_arguments = NNMAMBA_ARGUMENTS | {"norm": "batch"}
 
 
-class nnMambaTrainerPublished(nnMambaTrainerPublishedHead):
-    """The network as published and the optimiser of the authors too: Adam at 2e-4."""
+class nnMambaTrainerPublishedNetwork(nnMambaTrainer):
+    """The network as published: BatchNorm, also behind the last convolution, with ReLU."""
+
+    network_arguments = {"head": "double_conv", "norm": "batch"}  # noqa: RUF012
+
+
+class nnMambaTrainerPublished(nnMambaTrainerPublishedNetwork):
+    """The optimiser of the authors too: Adam at 2e-4."""
 
     optimizer_name = "adam"
     learning_rate = 2e-4
@@ -72,7 +75,7 @@ class nnMambaTrainer_250epochs(nnMambaTrainer):
 class nnMambaTrainerQuick(nnMambaTrainer):
     """A short run for a CPU: half the width, two images a batch, eight epochs of 50 iterations."""
 
-    network_arguments = HEAD | {"init_filters": 16}
+    network_arguments = NNMAMBA_ARGUMENTS | {"init_filters": 16}
     epochs = 8
     iterations_per_epoch = 50
     val_iterations_per_epoch = 5
@@ -83,4 +86,4 @@ class nnMambaTrainerQuick(nnMambaTrainer):
 class nnMambaTrainerQuickNoSSM(nnMambaTrainerQuick):
     """The short run without scans."""
 
-    network_arguments = HEAD | {"init_filters": 16, "mixer": "none"}
+    network_arguments = NNMAMBA_ARGUMENTS | {"init_filters": 16, "mixer": "none"}

@@ -14,7 +14,12 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_trainers.MedMambaTrainer import MedMambaTrainer
-from nnunet_trainers.nnMambaTrainer import nnMambaTrainer, nnMambaTrainerNoSSM, nnMambaTrainerPublishedHead
+from nnunet_trainers.nnMambaTrainer import (
+    nnMambaTrainer,
+    nnMambaTrainerBatchNorm,
+    nnMambaTrainerNoSSM,
+    nnMambaTrainerPublishedNetwork,
+)
 
 MEASURED_FILE = "measured.json"
 
@@ -74,8 +79,12 @@ class BenchmarkNNMamba(_Measured, nnMambaTrainer):
     """nnMambaTrainer."""
 
 
-class BenchmarkNNMambaPublishedHead(_Measured, nnMambaTrainerPublishedHead):
-    """nnMambaTrainerPublishedHead."""
+class BenchmarkNNMambaBatchNorm(_Measured, nnMambaTrainerBatchNorm):
+    """nnMambaTrainerBatchNorm."""
+
+
+class BenchmarkNNMambaPublishedNetwork(_Measured, nnMambaTrainerPublishedNetwork):
+    """nnMambaTrainerPublishedNetwork."""
 
 
 class BenchmarkNNMambaNoSSM(_Measured, nnMambaTrainerNoSSM):

@@ -13,6 +13,9 @@ from monai_mamba.networks import MedMambaSeg, NNMambaSeg, VMambaSeg, XFMambaSeg
 
 #: Resolutions of the segmentation heads: full, 1/2, 1/4, 1/8.
 NUM_LEVELS = 4
+#: nnMamba as nnMambaTrainer trains it. Measured better than the published network for nnU-Net's batches of two images:
+#: docs/nnunet.md, "Why these defaults".
+NNMAMBA_ARGUMENTS: dict[str, Any] = {"head": "conv1x1", "norm": "instance"}
 
 
 def planned_strides(spatial_dims: int) -> list[list[int]]:

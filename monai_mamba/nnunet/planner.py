@@ -56,8 +56,8 @@ class PlannedNetwork:
     def architecture(self, spatial_dims: int) -> dict[str, Any]:
         """The ``architecture`` of a configuration of the plans file."""
         if self.name == "nnmamba":
-            # The head of nnMambaTrainer; the published one needs more memory.
-            class_name, arguments = "PlannedNNMambaSeg", {"spatial_dims": spatial_dims, "head": "conv1x1"}
+            class_name = "PlannedNNMambaSeg"
+            arguments = {"spatial_dims": spatial_dims, **planned_networks.NNMAMBA_ARGUMENTS}
         else:
             entry = model_entry(f"{self.name}_seg")
             class_name, arguments = f"Planned{entry.constructor.__name__}", dict(entry.arguments)

@@ -37,6 +37,7 @@ class Layout:
         published_keys: names of the published state dict in its order, given the arguments.
         stem: name (ours) of the first convolution's weight.
         head: pattern of the names (ours) that depend on the number of classes.
+        other_head: pattern of further names (ours) that only networks with one of several heads have.
         detachable: pattern of the names (ours) for which a larger network, of which this one is a part, has no place.
         optional: pattern of the names (ours) that a file may lack.
         part: classes of parts of larger networks for which such a file is meant too.
@@ -52,6 +53,7 @@ class Layout:
     published_keys: Callable[[Mapping[str, Any]], list[str]]
     stem: str
     head: str
+    other_head: str = ""
     detachable: str = ""
     optional: str = r".*\.num_batches_tracked$"  # files of PyTorch before 0.4.1 have none
     part: Callable[[], tuple[type[nn.Module], ...]] = lambda: ()
@@ -532,6 +534,7 @@ LAYOUTS: tuple[Layout, ...] = (
         _nnmamba_seg_keys,
         stem="encoder.stem.conv1.weight",
         head=r"decoder\.seg_layers\.",
+        other_head=r"decoder\.full_resolution\.",
     ),
     Layout(
         "nnmamba_landmark",
@@ -543,6 +546,7 @@ LAYOUTS: tuple[Layout, ...] = (
         _nnmamba_seg_keys,
         stem="encoder.stem.conv1.weight",
         head=r"decoder\.seg_layers\.",
+        other_head=r"decoder\.full_resolution\.",
     ),
     Layout(
         "nnmamba_cls",

@@ -168,6 +168,7 @@ def _make_plan(
     prefix: str = "",
     stem: str = "",
     head: str = "",
+    other_head: str = "",
     detachable: str = "",
     optional: str = "",
     title: str = "",
@@ -182,6 +183,9 @@ def _make_plan(
     def is_head(name: str) -> bool:
         return bool(head) and re.match(head, name) is not None
 
+    def is_of_other_head(name: str) -> bool:
+        return reset_head and bool(other_head) and re.match(other_head, name) is not None
+
     for key, reason in ignored.items():
         plan.records.append(KeyRecord("ignored", key, None, reason))
     for key, name in names.items():
@@ -191,6 +195,9 @@ def _make_plan(
             continue
         if own is None and detachable and re.match(detachable, name):
             plan.records.append(KeyRecord("ignored", key, None, "this network has no place for it"))
+            continue
+        if own is None and is_of_other_head(name):
+            plan.records.append(KeyRecord("ignored", key, None, "belongs to another head than the network's"))
             continue
         if own is None:
             plan.records.append(KeyRecord("ignored", key, None, "unknown to the network"))
@@ -226,6 +233,8 @@ def _make_plan(
         elif name not in plan.moves:
             if is_head(name) and reset_head:
                 reason = "the head is not loaded, as asked"
+            elif is_of_other_head(name):
+                reason = "belongs to another head than the file's"
             elif optional and re.match(optional, name):
                 reason = "such files do not have it"
             else:
@@ -280,6 +289,11 @@ def _raise_problems(weights: _Weights, problems: list[str], introduction: str) -
     if problems:
         shown = "; ".join(problems[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        if any(problem.endswith(".running_mean` is unknown to the network") for problem in problems):
+            more += (
+                "; the file's network normalises over the batch, this one does not: build it with norm='batch' "
+                "(nnU-Net: -tr nnMambaTrainerBatchNorm)"
+            )
         raise weights.refuse(f"{introduction}: {shown}{more}. Nothing was loaded")
 
 
@@ -419,7 +433,7 @@ def load_pretrained(
     if set(stripped.values()) == set(target):
         # Saved from such a network.
         if own_layout is not None:
-            options.update(stem=own_layout.stem, head=own_layout.head)
+            options.update(stem=own_layout.stem, head=own_layout.head, other_head=own_layout.other_head)
         plan = _make_plan(opened, stripped, {}, target, **options)
         _raise_problems(opened, plan.problems, "it does not fit the network")
         _carry_out(opened, plan, target)
@@ -434,6 +448,7 @@ def load_pretrained(
         prefix=prefix,
         stem=found.layout.stem,
         head=found.layout.head,
+        other_head=found.layout.other_head,
         detachable=found.layout.detachable,
         optional=found.layout.optional,
         title=found.layout.title,

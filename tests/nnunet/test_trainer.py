@@ -127,19 +127,22 @@ def test_state_space_parameters_do_not_decay(make_trainer):
 
 
 @pytest.mark.parametrize(
-    ("name", "optimizer", "head"),
+    ("name", "optimizer", "head", "norm"),
     [
-        ("nnMambaTrainer", torch.optim.AdamW, "Conv3d"),
-        ("nnMambaTrainerNoSSM", torch.optim.AdamW, "Conv3d"),
-        ("nnMambaTrainerPublishedHead", torch.optim.AdamW, "DoubleConv"),
-        ("nnMambaTrainerPublished", torch.optim.Adam, "DoubleConv"),
-        ("nnMambaTrainerSGD", torch.optim.SGD, "Conv3d"),
+        ("nnMambaTrainer", torch.optim.AdamW, "Conv3d", "InstanceNorm3d"),
+        ("nnMambaTrainerNoSSM", torch.optim.AdamW, "Conv3d", "InstanceNorm3d"),
+        ("nnMambaTrainerBatchNorm", torch.optim.AdamW, "Conv3d", "BatchNorm3d"),
+        ("nnMambaTrainerPublishedNetwork", torch.optim.AdamW, "DoubleConv", "BatchNorm3d"),
+        ("nnMambaTrainerPublished", torch.optim.Adam, "DoubleConv", "BatchNorm3d"),
+        ("nnMambaTrainerSGD", torch.optim.SGD, "Conv3d", "InstanceNorm3d"),
     ],
 )
-def test_variants_differ_as_named(make_trainer, name, optimizer, head):
+def test_variants_differ_as_named(make_trainer, name, optimizer, head, norm):
     trainer = make_trainer(name)
     assert type(trainer.optimizer) is optimizer
     assert type(trainer.network.decoder.seg_layers[0]).__name__ == head
+    norms = {type(m).__name__ for m in trainer.network.modules() if "Norm3d" in type(m).__name__}
+    assert norms == {norm}
 
 
 def test_length_from_the_environment(make_trainer, monkeypatch):
@@ -265,7 +268,7 @@ def test_checkpoint_of_another_trainer_or_configuration_is_refused(make_trainer,
     [
         ("MedMambaTrainer", "medmamba_t", 1, "encoder.layers"),
         ("XFMambaTrainer", "vmamba_t", 2, "encoder.backbone.layers"),
-        ("nnMambaTrainer", "nnmamba_seg_2d", 1, "encoder.stem"),
+        ("nnMambaTrainerBatchNorm", "nnmamba_seg_2d", 1, "encoder.stem"),
     ],
 )
 def test_published_weights_are_where_training_starts(
@@ -282,6 +285,9 @@ def test_published_weights_are_where_training_starts(
     values = torch.cat([p.detach().flatten() for p in trainer.network.get_submodule(probe).parameters()])
     assert values.min() >= 1 and values.max() < 2
     assert "Published weights: " in open(trainer.log_file).read()
+    if name == "nnMambaTrainerBatchNorm":
+        with pytest.raises(CheckpointError, match=r"normalises over the batch.*-tr nnMambaTrainerBatchNorm"):
+            make_trainer("nnMambaTrainer", "2d", patch_size=(64, 64))
     torch.save({"weight": torch.zeros(3)}, tmp_path / "published.pth")
     with pytest.raises(CheckpointError, match=r"published\.pth: its names"):
         make_trainer(name, "2d", patch_size=(64, 64), channels=channels)
@@ -322,7 +328,7 @@ def test_checkpoint_round_trip_continues_the_run(make_trainer, tmp_path):
     assert trainer.train_step(batch)["loss"] == other.train_step(batch)["loss"]
 
 
-@pytest.mark.parametrize("name", ["nnMambaTrainerQuick", "nnMambaTrainerPublishedHead"])
+@pytest.mark.parametrize("name", ["nnMambaTrainerQuick", "nnMambaTrainerPublishedNetwork"])
 def test_pretrained_weights_load_into_a_network_for_other_classes(make_trainer, tmp_path, name):
     from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
