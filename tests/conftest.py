@@ -16,8 +16,11 @@ os.environ.pop("MONAI_MAMBA_BACKEND", None)
 # Workers of pytest-xdist share the cores; more threads than cores make both slower.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
-# A shell that starts the tests in the background makes them, and every command they run, deaf to Ctrl-C.
+# A shell that starts the tests in the background makes them, and every command they run, deaf to Ctrl-C, and nohup to
+# the end of the terminal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -219,6 +219,10 @@ class MambaPlanner(ExperimentPlanner):
         edge = {2: 2048, 3: 256}[len(spacing)]
         cube = edge / spacing * np.prod(spacing) ** (1 / len(spacing))
         patch = [math.ceil(min(round(c), m) / multiple) * multiple for c, m in zip(cube, median_shape, strict=True)]
+        # One voxel at the coarsest resolution would leave nothing to normalise over.
+        smallest = 2 * multiple ** len(patch)
+        if math.prod(patch) < smallest:
+            patch[int(np.argmax(median_shape))] += multiple
         per_voxel = 0.0
         while True:
             voxels = math.prod(patch)
@@ -228,7 +232,7 @@ class MambaPlanner(ExperimentPlanner):
                     return tuple(patch)
                 per_voxel = memory.activations / voxels
             reducible = [axis for axis, size in enumerate(patch) if size > multiple]
-            if not reducible:
+            if voxels == smallest:
                 needed = self._memory(tuple(patch), _MIN_BATCH_SIZE).peak + RESERVE_BYTES
                 raise PlanError(
                     f"`--gpu-memory` {self.UNet_vram_target_GB:g}: a batch of two patches of "
