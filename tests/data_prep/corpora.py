@@ -3,7 +3,7 @@
     python -m tests.data_prep.corpora dicom 2000 FOLDER
     python -m tests.data_prep.corpora nifti 300 FOLDER
 
-Prints one line of JSON: counts of verdicts, the CPU seconds of the slowest file and case, and the peak of resident
+Prints one line of JSON: counts of verdicts, the wall seconds of the slowest file and case, and the peak of resident
 memory. Ends with an assertion when a case is lost, an error has no name, or a voxel is not where its header says.
 """
 
@@ -35,9 +35,9 @@ PER_RUN = 50
 
 @dataclass
 class Cost:
-    """What the conversions took: CPU seconds of the slowest case, peak of resident memory of command and workers.
+    """What the conversions took: wall seconds of the slowest case, peak of resident memory of command and workers.
 
-    A case that waits for nothing is ended after 20 s, and fails the test.
+    Other work on the machine counts in the seconds.
     """
 
     slowest_s: float = 0.0
@@ -54,7 +54,7 @@ class Cost:
         self.peak_mb = max(self.peak_mb, usage.ru_maxrss / 1024)
         for record in read_journals(out.parent / f"private-{out.name}").values():
             assert record["reason"] != "timeout"
-            self.slowest_s = max(self.slowest_s, record.get("cpu_seconds", record["seconds"]))
+            self.slowest_s = max(self.slowest_s, record["seconds"])
         return process.returncode
 
 
