@@ -123,7 +123,7 @@ def test_plan_for_a_network_of_slices_has_no_other_configuration(planning):
     [
         ({"network": "unet"}, "`--network` 'unet' is not known; choose one of nnmamba, medmamba_b"),
         ({"precision": "float64"}, "`--precision` must be one of float32, autocast, got 'float64'"),
-        ({"gpu_memory_gib": 0.2, "precision": "float32"}, "a batch of two patches of 16 x 16 x 32 already needs"),
+        ({"gpu_memory_gib": 0.2, "precision": "float32"}, "a batch of two patches of 16 x 32 x 16 already needs"),
         ({"configurations": ["3d_lowres"]}, "`-c` 3d_lowres: the patch covers enough"),
         ({"configurations": ["2d", "4d"]}, "`-c` 4d: there is no such configuration; possible here"),
         ({"network": "medmamba_t", "configurations": ["3d_fullres"]}, "medmamba_t takes 2D images"),
