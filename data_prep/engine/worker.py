@@ -42,9 +42,9 @@ def execute(task: dict[str, Any]) -> dict[str, Any]:
             ``same_grid``, ``landmarks``.
 
     Returns:
-        JSON: ``status``, ``reason``, ``detail``, ``notes``, ``files``, ``seconds`` and ``cpu_seconds``.
+        JSON: ``status``, ``reason``, ``detail``, ``notes``, ``files``, ``seconds``.
     """
-    start, cpu = time.monotonic(), _cpu_seconds()
+    start = time.monotonic()
     work = Path(task["work"])
     result: dict[str, Any] = {"name": task["name"], "reason": "", "detail": "", "notes": [], "files": []}
     try:
@@ -69,13 +69,7 @@ def execute(task: dict[str, Any]) -> dict[str, Any]:
     finally:
         tempfile.tempdir = None
         shutil.rmtree(work, ignore_errors=True)
-    spent = {"seconds": time.monotonic() - start, "cpu_seconds": _cpu_seconds() - cpu}
-    return result | {name: round(value, 3) for name, value in spent.items()}
-
-
-def _cpu_seconds() -> float:
-    """Of this process and of what it has started and waited for."""
-    return sum(os.times()[:4])
+    return result | {"seconds": round(time.monotonic() - start, 3)}
 
 
 def _make(task: dict[str, Any], work: Path) -> dict[str, Any]:
