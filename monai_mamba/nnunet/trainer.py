@@ -26,6 +26,7 @@ ITERATIONS_VARIABLE = "MONAI_MAMBA_ITERATIONS"
 WEIGHTS_VARIABLE = "MONAI_MAMBA_WEIGHTS"
 
 _NUM_LEVELS = 4  # of deep supervision: full, 1/2, 1/4, 1/8
+_DEEPEST_STRIDE = 2**_NUM_LEVELS
 
 
 def _positive_from_environment(name: str) -> int | None:
@@ -167,6 +168,13 @@ class MambaTrainer(nnUNetTrainer):
                 f"`patch_size` of the plans {self.plans_manager.plans_name!r} must be two or three positive whole "
                 f"numbers and `batch_size` one, got {patch} and {batch}; plan again, or correct "
                 f"{self.configuration_name} in the plans file"
+            )
+        if self.network_arguments.get("norm") == "instance" and max(patch) <= _DEEPEST_STRIDE:
+            raise ValueError(
+                f"`patch_size` {patch} of the plans {self.plans_manager.plans_name!r} leaves {type(self).__name__} one "
+                f"voxel at 1/{_DEEPEST_STRIDE} resolution, which instance norm cannot normalise; more than "
+                f"{_DEEPEST_STRIDE} along one axis are needed: plan with monai-mamba nnunet plan, or choose a trainer "
+                "with batch norm"
             )
 
     def initialize(self) -> None:

@@ -416,3 +416,10 @@ def test_kill_9_during_saving_never_leaves_less_than_a_whole_checkpoint(make_tra
 def test_plans_with_impossible_patches_are_refused(make_trainer, patch_size):
     with pytest.raises(ValueError, match="`patch_size` of the plans 'nnUNetPlans' must be two or three positive whole"):
         make_trainer(patch_size=patch_size)
+
+
+def test_patch_with_one_deepest_voxel_is_refused_before_training(make_trainer):
+    with pytest.raises(ValueError, match=r"`patch_size` \[16, 16, 16\] of the plans .* one voxel at 1/16 resolution"):
+        make_trainer(patch_size=(16, 16, 16))
+    make_trainer(patch_size=(16, 16, 32))
+    make_trainer("nnMambaTrainerBatchNorm", patch_size=(16, 16, 16))
