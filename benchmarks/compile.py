@@ -26,6 +26,7 @@ import torch
 from nnunet_runs import provenance
 from torch import Tensor, nn
 
+from monai_mamba.layers.drop_path import DropPath
 from monai_mamba.nnunet.memory import nnunet_loss
 from monai_mamba.nnunet.planned_networks import NUM_LEVELS
 from monai_mamba.nnunet.planner import planned_network
@@ -53,6 +54,9 @@ class Training:
         self.device = device
         self.is_mixed = device == "cuda"
         self.network: nn.Module = planned_network(name).build(len(patch), channels, NUM_CLASSES).to(device)
+        for module in self.network.modules():
+            if isinstance(module, DropPath):  # its draws would differ
+                module.rate = 0.0
         self.optimizer = torch.optim.AdamW(self.network.parameters())
         self.scaler = torch.amp.GradScaler(device, enabled=self.is_mixed)
         self.loss = nnunet_loss(False, NUM_LEVELS)
