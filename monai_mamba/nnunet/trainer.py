@@ -187,8 +187,8 @@ class MambaTrainer(nnUNetTrainer):
             self.grad_scaler = None  # gradients of float32 need no scaling
 
     def _do_i_compile(self) -> bool:
-        # nnU-Net compiles by default on CUDA. Here that is the user's word: the custom operators of the scan gain
-        # little from it and the first epoch pays minutes.
+        # nnU-Net compiles by default on CUDA. Here that is the user's word: on a CPU it gains a few percent at most for
+        # minutes of waiting (benchmarks/compile.py), and nobody has measured it on CUDA.
         return os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t") and super()._do_i_compile()
 
     def _set_batch_size_and_oversample(self) -> None:
