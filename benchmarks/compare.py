@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-_NAMES = ("variant", "shape", "map", "sequence")
+_NAMES = ("variant", "shape", "map", "sequence", "operator")
 
 
 def rows_of(result: dict) -> dict[tuple[str, ...], dict[str, float]]:

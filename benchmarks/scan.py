@@ -30,7 +30,7 @@ from torch import Tensor
 
 from monai_mamba import __version__
 from monai_mamba.errors import BackendError
-from monai_mamba.ops import causal_conv1d, cpu_library, get_backend
+from monai_mamba.ops import causal_conv1d, cpu_library, get_backend, selective_scan, ss2d_scan
 from monai_mamba.ops.backends import Backend
 from monai_mamba.ops.cpu import use_variant
 from monai_mamba.ops.routes import ROUTES
@@ -362,6 +362,54 @@ def thread_rows(clock: Clock) -> list[dict]:
     return rows
 
 
+def call_rows(clock: Clock) -> list[dict]:
+    """Microseconds of the smallest calls, where the way through Python and PyTorch is all that is seen.
+
+    ``kernel_us`` is the C library alone; the layer norm is the same kind of call to an operator of PyTorch.
+    """
+    sequence, matrix = torch.randn(1, 4, 16), torch.randn(1, 4, 1, 16)
+    area, areas, matrices = torch.randn(1, 2, 2, 16), torch.randn(1, 2, 2, 4, 16), torch.randn(1, 2, 2, 4, 16)
+    scan_values = (sequence, sequence, -torch.rand(16, 16), matrix, matrix, torch.randn(16), sequence, torch.randn(16))
+    map_values = (area, areas, -torch.rand(4, 16, 16), matrices, matrices, torch.randn(4, 16), torch.randn(4, 16))
+    calls: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+        "selective_scan": (lambda *t: selective_scan(*t, True, channels_last=True), scan_values),
+        "ss2d_scan": (ss2d_scan, map_values),
+        "causal_conv1d": (
+            lambda *t: causal_conv1d(*t, "silu", channels_last=True),
+            (sequence, torch.randn(16, 4), torch.randn(16)),
+        ),
+        "layer_norm": (lambda x, w, b: F.layer_norm(x, (16,), w, b), (sequence, torch.randn(16), torch.randn(16))),
+    }
+    rows, repeat = [], 5  # few, so that some measurement falls between two interruptions
+
+    def microseconds(function: Callable[[], object]) -> float:
+        def many() -> None:
+            for _ in range(repeat):
+                function()
+
+        return 1e3 * clock.measure(many)["ms"] / repeat
+
+    library = cpu_library.load()
+    for name, (call, values) in calls.items():
+        row: dict = {"operator": name}
+        jobs: list = []
+        original = library.call
+        library.call = lambda *a, original=original, jobs=jobs: (jobs.append(a), original(*a))[1]  # type: ignore[method-assign]
+        kept = call(*values)  # the jobs hold addresses of its arrays
+        library.call = original  # type: ignore[method-assign]
+        if jobs:
+            row["kernel_us"] = microseconds(lambda jobs=jobs: library.call(*jobs[0]))
+        row["inference_us"] = microseconds(lambda call=call, values=values: call(*values))
+        row["training_us"] = microseconds(with_backward(call, list(values)))
+        rows.append(row)
+        print(row, flush=True)
+        del kept
+    for row in rows:
+        for part in ("inference", "training"):
+            row[f"{part}_per_layer_norm"] = row[f"{part}_us"] / rows[-1][f"{part}_us"]
+    return rows
+
+
 def gpu_limits(clock: Clock) -> dict[str, float]:
     """Rates of the whole device, from a Triton kernel that does nothing but state updates in registers."""
     import triton
@@ -392,7 +440,6 @@ def gpu_rivals() -> dict[str, Callable]:
     try:
         mamba_ssm = get_backend("mamba_ssm")
         if mamba_ssm.availability().ok:
-            from monai_mamba.ops import selective_scan
 
             def scan(u, delta, A, B, C, D, z, bias):
                 return selective_scan(u, delta, A, B, C, D, z, bias, True, channels_last=True, backend="mamba_ssm")
@@ -446,6 +493,8 @@ def cpu_tables(arguments: argparse.Namespace) -> dict:
         tables["cpu ss2d"] = [map_row(name, get_backend("cpu"), clock) for name in MAPS]
     if "conv" in arguments.tables:
         tables["cpu conv"] = [conv_row(name, "cpu", clock) for name in CONVOLUTIONS]
+    if "calls" in arguments.tables:
+        tables["cpu calls"] = call_rows(clock)
     if "threads" in arguments.tables:
         tables["cpu threads"] = thread_rows(clock)
     return tables
@@ -500,7 +549,7 @@ def merge(earlier: list[dict], later: list[dict]) -> list[dict]:
     """Rows of both, those of the later part where both have one of the same name."""
 
     def name(row: dict) -> tuple:
-        return tuple(row.get(k) for k in ("variant", "shape", "map", "sequence"))
+        return tuple(row.get(k) for k in ("variant", "shape", "map", "sequence", "operator"))
 
     fresh = {name(row): row for row in later}
     kept = [fresh.pop(name(row), row) for row in earlier]
@@ -529,7 +578,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each figure; the loops run three times")
     parser.add_argument("--device", choices=["cpu", "cuda"], nargs="*", help="default: all there are")
     parser.add_argument("--variants", nargs="*", help="instruction sets of the C library; default: all that run here")
-    parser.add_argument("--tables", nargs="*", default=["scan", "ss2d", "conv", "threads"])
+    parser.add_argument("--tables", nargs="*", default=["scan", "ss2d", "conv", "calls", "threads"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)

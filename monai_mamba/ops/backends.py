@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +36,7 @@ def num_saved_states(length: int) -> int:
     return (length - 1) // STATE_INTERVAL
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What a backend is asked to serve; everything here is known without looking at the data.
 
     Attributes:
@@ -71,7 +70,8 @@ class Availability:
 class Backend:
     """One implementation of the operators, all in the native channels-last layout.
 
-    A subclass sets the class attributes and implements the kernels of the operators named in ``ops``.
+    A subclass sets the class attributes and implements the kernels of the operators named in ``ops``. Results must be
+    new tensors, no arguments or views of them.
 
     Attributes:
         name: what users write.
@@ -247,7 +247,7 @@ def _sequences(
     }
 
 
-_REGISTRY: dict[str, Backend] = {}
+_REGISTRY: dict[str, Backend] = {}  # the preferred ones first
 _forced: str = ""
 _announced: set[tuple[str, str, str]] = set()
 
@@ -256,13 +256,15 @@ def register(backend: Backend) -> Backend:
     """Add a backend; its name must be new."""
     if backend.name in _REGISTRY:
         raise ValueError(f"`backend` {backend.name!r} is registered already; names are unique")
-    _REGISTRY[backend.name] = backend
+    ordered = sorted((*_REGISTRY.values(), backend), key=lambda b: -b.priority)
+    _REGISTRY.clear()
+    _REGISTRY.update((b.name, b) for b in ordered)
     return backend
 
 
 def list_backends() -> list[Backend]:
     """Return all registered backends, the preferred ones first."""
-    return sorted(_REGISTRY.values(), key=lambda b: -b.priority)
+    return list(_REGISTRY.values())
 
 
 def get_backend(name: str) -> Backend:
@@ -328,13 +330,13 @@ def resolve(call: Call, requested: str = "") -> Backend:
             raise BackendError(f"backend {requested!r} was asked for but cannot serve this {call.op}: {reason}")
         return backend
     rejected: list[str] = []
-    for backend in list_backends():
+    for backend in _REGISTRY.values():
         if backend.priority <= 0 or call.op not in backend.ops:
             continue
         if backend.device_types and call.device_type not in backend.device_types:
             continue
         availability = backend.availability()
-        reason = _refusal(backend, call) if availability.ok else availability.reason
+        reason = backend.refusal(call) if availability.ok else availability.reason
         if reason is None:
             if backend.is_fallback and rejected:
                 _announce(call, backend, rejected)

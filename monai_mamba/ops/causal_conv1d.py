@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from monai_mamba.ops import backends
+from monai_mamba.ops import backends, operators
 from monai_mamba.ops.reference import causal_conv1d_reference
 from monai_mamba.ops.selective_scan import _check_tensors, _full_precision
 
@@ -59,49 +58,38 @@ def causal_conv1d(
     if name and backends.get_backend(name).is_composite:
         y = causal_conv1d_reference(x, weight, bias, silu)
     else:
-        y = torch.ops.monai_mamba.causal_conv1d_fwd(x, weight, bias, silu, name)
+        y = _FORWARD(x, weight, bias, silu, name)
     return y if channels_last else y.transpose(1, 2)
 
 
 def _resolve(x: Tensor, weight: Tensor, name: str) -> backends.Backend:
-    call = backends.Call(
-        op="causal_conv1d",
-        device_type=x.device.type,
-        dtype=x.dtype,
-        batch=x.shape[0],
-        length=x.shape[1],
-        channels=x.shape[2],
-        width=weight.shape[1],
-    )
+    batch, length, channels = x.shape
+    call = backends.Call("causal_conv1d", x.device.type, x.dtype, batch, length, channels, width=weight.shape[1])
     return backends.resolve(call, name)
 
 
-_INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, str backend"
-
-
-@torch.library.custom_op("monai_mamba::causal_conv1d_fwd", mutates_args=(), schema=f"({_INPUTS}) -> Tensor")
-def _causal_conv1d_fwd(x, weight, bias, silu, backend):
+def _forward(x, weight, bias, silu, backend):
     with _full_precision(x):
         return _resolve(x, weight, backend).conv_forward(x, weight, bias, silu).contiguous()
 
 
-@_causal_conv1d_fwd.register_fake
-def _(x, weight, bias, silu, backend):
+def _fake_forward(x, weight, bias, silu, backend):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op(
-    "monai_mamba::causal_conv1d_bwd", mutates_args=(), schema=f"(Tensor grad_y, {_INPUTS}) -> Tensor[]"
-)
-def _causal_conv1d_bwd(grad_y, x, weight, bias, silu, backend):
+def _backward(grad_y, x, weight, bias, silu, backend):
     with _full_precision(x):
         gradients = _resolve(x, weight, backend).conv_backward(grad_y, x, weight, bias, silu)
     return [g.contiguous() for g in gradients if g is not None]
 
 
-@_causal_conv1d_bwd.register_fake
-def _(grad_y, x, weight, bias, silu, backend):
+def _fake_backward(grad_y, x, weight, bias, silu, backend):
     return [t.new_empty(t.shape) for t in (x, weight, bias) if t is not None]
+
+
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, str backend"
+_FORWARD = operators.define("causal_conv1d_fwd", f"({_INPUTS}) -> Tensor", _forward, _fake_forward)
+_BACKWARD = operators.define("causal_conv1d_bwd", f"(Tensor grad_y, {_INPUTS}) -> Tensor[]", _backward, _fake_backward)
 
 
 def _setup_context(ctx, inputs, output):
@@ -109,19 +97,14 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight, bias)
 
 
-def _backward(ctx, grad_y):
+def _gradients(ctx, grad_y):
+    if grad_y is None:
+        return (None,) * 5
     x, weight, bias = ctx.saved_tensors
-    gradients = torch.ops.monai_mamba.causal_conv1d_bwd(grad_y, x, weight, bias, ctx.silu, ctx.backend)
+    gradients = _BACKWARD(grad_y, x, weight, bias, ctx.silu, ctx.backend)
     grad_x, grad_weight = gradients[:2]
     return grad_x, grad_weight, None if bias is None else gradients[2], None, None
 
 
-def _refuse_double_backward(ctx, *gradients):
-    raise backends.BackendError(
-        "the causal convolution has first derivatives only; for derivatives of derivatives call it with "
-        "backend='reference'"
-    )
-
-
-_causal_conv1d_fwd.register_autograd(_backward, setup_context=_setup_context)
-_causal_conv1d_bwd.register_autograd(_refuse_double_backward)
+operators.differentiate(_FORWARD, _setup_context, _gradients, "the causal convolution")
+operators.refuse_derivatives(_BACKWARD, "the causal convolution")

@@ -8,7 +8,9 @@ its results do not depend on their number.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +60,9 @@ class CpuBackend(Backend):
     def availability(self) -> Availability:
         try:
             library = cpu_library.load()
-            index = library.choose_variant(_variant)
+            return _available(library, library.choose_variant(_variant))
         except cpu_library.LibraryError as error:
             return Availability(False, str(error))
-        name = next(name for name, i in library.variants.items() if i == index)
-        return Availability(True, f"instruction set {name}, {library.path}")
 
     def refusal(self, call: Call) -> str | None:
         if call.op == "ss2d_scan" and call.groups > cpu_library.MAX_ROUTES:
@@ -70,164 +70,199 @@ class CpuBackend(Backend):
         return super().refusal(call)
 
     def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states):
-        u, delta, B, C, z = (_dense(t) for t in (u, delta, B, C, z))
-        A, D, delta_bias = (_parameter(t) for t in (A, D, delta_bias))
-        y = torch.empty(u.shape, dtype=u.dtype)
+        u, delta, B, C, z = _dense(u), _dense(delta), _dense(B), _dense(C), _dense(z)
+        A, D, delta_bias = _parameter(A), _parameter(D), _parameter(delta_bias)
+        y = _new(u)
         states = None
         if save_states:
-            shape = (u.shape[0], num_saved_states(u.shape[1]), u.shape[2], A.shape[1])
-            states = torch.empty(shape, dtype=torch.float32)
-        job = _sequence_job(u, delta, A, B, C, D, z, delta_bias, delta_softplus, states)
-        job.y = _channel_view(y, job.channels)
-        _run("scan_forward", job)
+            batch, length, channels = u.shape
+            states = torch.empty((batch, num_saved_states(length), channels, A.shape[1]), dtype=torch.float32)
+        _run("scan_forward", _sequence_job(u, delta, A, B, C, D, z, delta_bias, delta_softplus, states, y))
         return y, states
 
     def scan_backward(self, grad_y, states, u, delta, A, B, C, D, z, delta_bias, delta_softplus):
         if states is None:
             _, states = self.scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True)
-        grad_y, dense_u, dense_delta, dense_B, dense_C, dense_z = (_dense(t) for t in (grad_y, u, delta, B, C, z))
-        A_, D_, delta_bias_, states = (_parameter(t) for t in (A, D, delta_bias, states))
-        job = _sequence_job(
-            dense_u, dense_delta, A_, dense_B, dense_C, D_, dense_z, delta_bias_, delta_softplus, states
+        inputs = (u, delta, A, B, C, D, z, delta_bias)
+        grad_y, u, delta, B, C, z = (_dense(t) for t in (grad_y, u, delta, B, C, z))
+        A, D, delta_bias, states = (_parameter(t) for t in (A, D, delta_bias, states))
+        grad_u, grad_delta, grad_z = (_new(t) for t in (u, delta, z))
+        sums = tuple(_new(t, torch.float32) for t in (A, B, C, D, delta_bias))
+        own = u.shape[2] // B.shape[2]
+        gradients = (
+            *(*_view(grad_y, own), *_view(grad_u, own), *_view(grad_delta, own)),
+            *(_NO_VIEW if grad_z is None else _view(grad_z, own)),
+            *_pointers_of_sums(*sums),
         )
-        grad_u, grad_delta = torch.empty(u.shape, dtype=u.dtype), torch.empty(u.shape, dtype=delta.dtype)
-        grad_z = None if z is None else torch.empty(u.shape, dtype=z.dtype)
-        grad_A, grad_B, grad_C, grad_D, grad_bias = (
-            None if t is None else torch.empty(t.shape, dtype=torch.float32) for t in (A, B, C, D, delta_bias)
+        _run(
+            "scan_backward",
+            _sequence_job(u, delta, A, B, C, D, z, delta_bias, delta_softplus, states, None, gradients),
         )
-        job.grad_y = _channel_view(grad_y, job.channels)
-        job.grad_u = _channel_view(grad_u, job.channels)
-        job.grad_delta = _channel_view(grad_delta, job.channels)
-        if grad_z is not None:
-            job.grad_z = _channel_view(grad_z, job.channels)
-        job.grad_A, job.grad_B, job.grad_C = (_pointer(t) for t in (grad_A, grad_B, grad_C))
-        job.grad_D, job.grad_delta_bias = _pointer(grad_D), _pointer(grad_bias)
-        _run("scan_backward", job)
-        found = (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias)
-        return tuple(
-            None if g is None else g.to(t.dtype)
-            for g, t in zip(found, (u, delta, A, B, C, D, z, delta_bias), strict=True)
-        )
+        grad_A, grad_B, grad_C, grad_D, grad_bias = sums
+        return _in_types_of(inputs, (grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias))
 
     def ss2d_forward(self, x, delta, A, B, C, D, delta_bias, routes, delta_softplus, save_states):
-        flat = tuple(_dense(t.flatten(1, 2)) for t in (x, delta, B, C))
-        A, D, delta_bias = (_parameter(t) for t in (A, D, delta_bias))
+        x, delta, B, C = _even(x), _even(delta), _even(B), _even(C)
+        A, D, delta_bias = _parameter(A), _parameter(D), _parameter(delta_bias)
         # The routes are added up in the output, which therefore is float32 until the end.
-        y = torch.empty(x.shape, dtype=torch.float32)
+        y = _new(x, torch.float32)
         states = None
         if save_states:
-            shape = (x.shape[0], num_saved_states(x.shape[1] * x.shape[2]), A.shape[0] * A.shape[1], A.shape[2])
+            batch, height, width, channels = x.shape
+            shape = (batch, num_saved_states(height * width), len(routes) * channels, A.shape[2])
             states = torch.empty(shape, dtype=torch.float32)
-        job = _map_job(x.shape, flat, A, D, delta_bias, routes, delta_softplus, states)
-        job.y = _channel_view(y.flatten(1, 2), 0)
-        _run("scan_forward", job)
+        _run("scan_forward", _map_job(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, states, y))
         return y.to(x.dtype), states
 
     def ss2d_backward(self, grad_y, states, x, delta, A, B, C, D, delta_bias, routes, delta_softplus):
         if states is None:
             _, states = self.ss2d_forward(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, True)
-        grad_y = _dense(grad_y.flatten(1, 2))
-        flat = tuple(_dense(t.flatten(1, 2)) for t in (x, delta, B, C))
-        A_, D_, delta_bias_, states = (_parameter(t) for t in (A, D, delta_bias, states))
-        job = _map_job(x.shape, flat, A_, D_, delta_bias_, routes, delta_softplus, states)
-        grad_x, grad_delta = torch.empty(x.shape, dtype=torch.float32), torch.empty(delta.shape, dtype=delta.dtype)
-        grad_A, grad_B, grad_C, grad_D, grad_bias = (
-            None if t is None else torch.empty(t.shape, dtype=torch.float32) for t in (A, B, C, D, delta_bias)
+        inputs = (x, delta, A, B, C, D, delta_bias)
+        grad_y, x, delta, B, C = (_even(t) for t in (grad_y, x, delta, B, C))
+        A, D, delta_bias, states = (_parameter(t) for t in (A, D, delta_bias, states))
+        grad_x, grad_delta = _new(x, torch.float32), _new(delta)
+        sums = tuple(_new(t, torch.float32) for t in (A, B, C, D, delta_bias))
+        gradients = (
+            *(*_map_view(grad_y), *_map_view(grad_x), *_map_view(grad_delta), *_NO_VIEW),
+            *_pointers_of_sums(*sums),
         )
-        job.grad_y = _channel_view(grad_y, 0)
-        job.grad_u = _channel_view(grad_x.flatten(1, 2), 0)
-        job.grad_delta = _group_view(grad_delta.flatten(1, 2))
-        job.grad_A, job.grad_B, job.grad_C = (_pointer(t) for t in (grad_A, grad_B, grad_C))
-        job.grad_D, job.grad_delta_bias = _pointer(grad_D), _pointer(grad_bias)
-        _run("scan_backward", job)
-        found = (grad_x, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias)
-        return tuple(
-            None if g is None else g.to(t.dtype) for g, t in zip(found, (x, delta, A, B, C, D, delta_bias), strict=True)
+        _run(
+            "scan_backward",
+            _map_job(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, states, None, gradients),
         )
+        return _in_types_of(inputs, (grad_x, grad_delta, *sums))
 
     def conv_forward(self, x, weight, bias, silu):
         x, weight, bias = _dense(x), _parameter(weight), _parameter(bias)
-        y = torch.empty(x.shape, dtype=x.dtype)
-        job = _conv_job(x, weight, bias, silu)
-        job.y = _channel_view(y, x.shape[2])
-        _run("conv_forward", job)
+        y = _new(x)
+        _run("conv_forward", _conv_job(x, weight, bias, silu, y))
         return y
 
     def conv_backward(self, grad_y, x, weight, bias, silu):
-        grad_y, dense_x, weight_, bias_ = _dense(grad_y), _dense(x), _parameter(weight), _parameter(bias)
-        grad_x = torch.empty(x.shape, dtype=x.dtype)
-        grad_weight = torch.empty(weight.shape, dtype=torch.float32)
-        grad_bias = None if bias is None else torch.empty(bias.shape, dtype=torch.float32)
-        job = _conv_job(dense_x, weight_, bias_, silu)
-        job.grad_y, job.grad_x = _channel_view(grad_y, x.shape[2]), _channel_view(grad_x, x.shape[2])
-        job.grad_weight, job.grad_bias = _pointer(grad_weight), _pointer(grad_bias)
-        _run("conv_backward", job)
-        return grad_x, grad_weight.to(weight.dtype), None if grad_bias is None else grad_bias.to(bias.dtype)
+        inputs = (x, weight, bias)
+        grad_y, x, weight, bias = _dense(grad_y), _dense(x), _parameter(weight), _parameter(bias)
+        gradients = (_new(x), _new(weight, torch.float32), _new(bias, torch.float32))
+        _run("conv_backward", _conv_job(x, weight, bias, silu, None, grad_y, *gradients))
+        return _in_types_of(inputs, gradients)
 
 
-def _run(name: str, job: cpu_library.ScanJob | cpu_library.ConvJob) -> None:
+@functools.cache
+def _available(library: cpu_library.Library, variant: int) -> Availability:
+    name = next(name for name, i in library.variants.items() if i == variant)
+    return Availability(True, f"instruction set {name}, {library.path}")
+
+
+def _run(name: str, job: bytes) -> None:
     library = cpu_library.load()
     library.call(name, job, library.choose_variant(_variant), torch.get_num_threads())
 
 
+# ---- arguments and results ----
+
+
 def _dense(t: Tensor | None) -> Tensor | None:
     """Return ``t`` itself if its last axis is dense, as slices of the channels are; else a copy."""
-    return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return t if t is None or t.is_contiguous() or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _even(t: Tensor) -> Tensor:
+    """Return ``t`` ``(B, H, W, ...)`` itself if its pixels are as far apart along the whole map; else a copy."""
+    if t.is_contiguous():
+        return t
+    strides, (_, height, width, *_) = t.stride(), t.shape
+    is_even = height == 1 or width == 1 or strides[1] == width * strides[2]
+    return t if is_even and (strides[-1] == 1 or t.shape[-1] == 1) else t.contiguous()
 
 
 def _parameter(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.float().contiguous()
+    return t if t is None or (t.dtype is torch.float32 and t.is_contiguous()) else t.float().contiguous()
 
 
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+def _new(t: Tensor | None, dtype: torch.dtype | None = None) -> Any:
+    """Return a dense array for a result of the shape of ``t``; None for None."""
+    return None if t is None else torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _channel_view(t: Tensor, channels: int) -> cpu_library.View:
+def _in_types_of(inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(
+        g if g is None or t is None or g.dtype == t.dtype else g.to(t.dtype)
+        for g, t in zip(gradients, inputs, strict=True)
+    )
+
+
+# ---- jobs: the numbers of the structures in `cpu_library`, in order; the arrays must live until the job has run ----
+
+_NO_VIEW = (0,) * 5
+_NO_ROUTES = (0,) * cpu_library.MAX_ROUTES
+_NO_GRADIENTS = (0,) * (4 * 5 + 5)
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _view(t: Tensor, channels: int) -> tuple[int, ...]:
     """View ``(B, L, D)`` with groups of ``channels``."""
-    return cpu_library.View(t.data_ptr(), t.stride(0), t.stride(1), channels, _TYPES[t.dtype])
+    batch, step, _ = t.stride()
+    return t.data_ptr(), batch, step, channels, _TYPES[t.dtype]
 
 
-def _group_view(t: Tensor) -> cpu_library.View:
-    """View ``(B, L, G, N)`` or ``(B, L, K, D)``."""
-    return cpu_library.View(t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), _TYPES[t.dtype])
+def _matrix_view(t: Tensor) -> tuple[int, ...]:
+    """View ``(B, L, G, N)``."""
+    batch, step, group, _ = t.stride()
+    return t.data_ptr(), batch, step, group, _TYPES[t.dtype]
 
 
-def _sequence_job(u, delta, A, B, C, D, z, delta_bias, delta_softplus, states) -> cpu_library.ScanJob:
-    """Describe a scan along one sequence. The caller must keep the tensors alive until the job has run."""
-    job = cpu_library.ScanJob()
-    job.batch, job.length, channels = u.shape
-    job.groups = B.shape[2]
-    job.channels = channels // B.shape[2]
-    job.d_state, job.height, job.width = A.shape[1], 1, u.shape[1]
-    job.softplus = delta_softplus
-    job.u, job.delta = _channel_view(u, job.channels), _channel_view(delta, job.channels)
-    job.B, job.C = _group_view(B), _group_view(C)
-    if z is not None:
-        job.z = _channel_view(z, job.channels)
-    job.A, job.D, job.delta_bias, job.states = (_pointer(t) for t in (A, D, delta_bias, states))
-    return job
+def _map_view(t: Tensor) -> tuple[int, ...]:
+    """View ``(B, H, W, D)``, the same for all routes, or ``(B, H, W, K, D)`` with even pixels as ``(B, L, K, D)``."""
+    batch, row, pixel, *rest = t.stride()
+    return t.data_ptr(), batch, row if t.shape[2] == 1 else pixel, rest[0] if len(rest) == 2 else 0, _TYPES[t.dtype]
 
 
-def _map_job(shape, flat, A, D, delta_bias, routes, delta_softplus, states) -> cpu_library.ScanJob:
-    """Describe a scan along routes; ``flat`` is x, delta, B, C with the pixels in one axis, and must be kept alive."""
-    x, delta, B, C = flat
-    job = cpu_library.ScanJob()
-    job.batch, job.height, job.width, job.channels = shape
-    job.length, job.groups, job.d_state = shape[1] * shape[2], len(routes), A.shape[2]
-    job.softplus, job.merge = delta_softplus, True
-    for k, route in enumerate(routes):
-        job.routes[k] = cpu_library.ROUTE_CODES[route]
-    job.u, job.delta = _channel_view(x, 0), _group_view(delta)
-    job.B, job.C = _group_view(B), _group_view(C)
-    job.A, job.D, job.delta_bias, job.states = (_pointer(t) for t in (A, D, delta_bias, states))
-    return job
+def _pointers_of_sums(grad_A, grad_B, grad_C, grad_D, grad_bias) -> tuple[int, ...]:
+    return tuple(map(_pointer, (grad_A, grad_D, grad_bias, grad_B, grad_C)))
 
 
-def _conv_job(x, weight, bias, silu) -> cpu_library.ConvJob:
-    job = cpu_library.ConvJob()
-    job.batch, job.length, job.channels = x.shape
-    job.taps, job.silu = weight.shape[1], silu
-    job.x = _channel_view(x, x.shape[2])
-    job.weight, job.bias = _pointer(weight), _pointer(bias)
-    return job
+def _sequence_job(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, states, y, gradients: tuple[int, ...] = _NO_GRADIENTS
+) -> bytes:
+    batch, length, channels = u.shape
+    groups, d_state = B.shape[2:]
+    own = channels // groups
+    return cpu_library.pack_scan_job(
+        *(batch, length, groups, own, d_state, 1, length, delta_softplus, False),
+        *_NO_ROUTES,
+        *(*_view(u, own), *_view(delta, own), *_matrix_view(B), *_matrix_view(C)),
+        *(_NO_VIEW if z is None else _view(z, own)),
+        *(_NO_VIEW if y is None else _view(y, own)),
+        *(_pointer(A), _pointer(D), _pointer(delta_bias), _pointer(states)),
+        *gradients,
+    )
+
+
+def _map_job(
+    x, delta, A, B, C, D, delta_bias, routes, delta_softplus, states, y, gradients: tuple[int, ...] = _NO_GRADIENTS
+) -> bytes:
+    batch, height, width, channels = x.shape
+    return cpu_library.pack_scan_job(
+        *(batch, height * width, len(routes), channels, A.shape[2], height, width, delta_softplus, True),
+        *(cpu_library.ROUTE_CODES[route] for route in routes),
+        *_NO_ROUTES[len(routes) :],
+        *(*_map_view(x), *_map_view(delta), *_map_view(B), *_map_view(C), *_NO_VIEW),
+        *(_NO_VIEW if y is None else _map_view(y)),
+        *(_pointer(A), _pointer(D), _pointer(delta_bias), _pointer(states)),
+        *gradients,
+    )
+
+
+def _conv_job(x, weight, bias, silu, y, grad_y=None, grad_x=None, grad_weight=None, grad_bias=None) -> bytes:
+    batch, length, channels = x.shape
+    return cpu_library.pack_conv_job(
+        *(batch, length, channels, weight.shape[1], silu),
+        *_view(x, channels),
+        *(_NO_VIEW if y is None else _view(y, channels)),
+        *(_pointer(weight), _pointer(bias)),
+        *(_NO_VIEW if grad_y is None else _view(grad_y, channels)),
+        *(_NO_VIEW if grad_x is None else _view(grad_x, channels)),
+        *(_pointer(grad_weight), _pointer(grad_bias)),
+    )

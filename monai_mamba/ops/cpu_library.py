@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import stat
+import struct
 import sys
 import tempfile
 import threading
@@ -83,6 +84,11 @@ class ConvJob(ctypes.Structure):
     )
 
 
+#: Jobs as the bytes that the library takes, out of their numbers in order: far cheaper than filling in the structures.
+pack_scan_job = struct.Struct(f"{ctypes.sizeof(ScanJob) // 8}q").pack
+pack_conv_job = struct.Struct(f"{ctypes.sizeof(ConvJob) // 8}q").pack
+
+
 class Library:
     """The loaded library.
 
@@ -113,7 +119,7 @@ class Library:
         self._calls: dict[str, Callable[..., int]] = {}
         for name in ("scan_forward", "scan_backward", "conv_forward", "conv_backward"):
             function = self._dll["mm_" + name]
-            function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+            function.argtypes = (ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64)
             function.restype = ctypes.c_int
             self._calls[name] = function
         #: Names and numbers of the instruction sets this machine can run, the best one last.
@@ -122,16 +128,21 @@ class Library:
             name = self._dll.mm_variant_name(index)
             if name:
                 self.variants[name.decode()] = index
+        self._default: int | None = None
 
     def choose_variant(self, name: str = "") -> int:
         """Return the number of a variant: the named one, that of the environment variable, or the best.
 
+        The environment variable counts as it is at the first scan.
+
         Raises:
             LibraryError: if this machine or this build does not have it.
         """
-        name = name or os.environ.get(VARIANT_VARIABLE, "")
         if not name:
-            return next(reversed(self.variants.values()))
+            if self._default is None:
+                wanted = os.environ.get(VARIANT_VARIABLE, "")
+                self._default = self.choose_variant(wanted) if wanted else next(reversed(self.variants.values()))
+            return self._default
         try:
             return self.variants[name]
         except KeyError:
@@ -139,14 +150,20 @@ class Library:
                 f"the instruction set {name!r} is not available here; use one of: {', '.join(self.variants)}"
             ) from None
 
-    def call(self, name: str, job: ScanJob | ConvJob, variant: int, threads: int) -> None:
+    def call(self, name: str, job: bytes, variant: int, threads: int) -> None:
         """Run a job without the interpreter lock.
+
+        Args:
+            name: ``"scan_forward"``, ``"scan_backward"``, ``"conv_forward"`` or ``"conv_backward"``.
+            job: the bytes of a :class:`ScanJob` or :class:`ConvJob`.
+            variant: number of the instruction set.
+            threads: how many may work on it.
 
         Raises:
             MemoryError: if there is no room for the work space.
             LibraryError: if the job is refused.
         """
-        status = self._calls[name](ctypes.addressof(job), variant, threads)
+        status = self._calls[name](job, variant, threads)
         if status == 2:
             raise MemoryError(_STATUS[status])
         if status:

@@ -1,11 +1,13 @@
-"""The selective scan: argument door, custom operator, choice of backend."""
+"""The selective scan: argument door, operator, choice of backend."""
 
 from __future__ import annotations
+
+import contextlib
 
 import torch
 from torch import Tensor
 
-from monai_mamba.ops import backends
+from monai_mamba.ops import backends, operators
 from monai_mamba.ops.reference import selective_scan_reference, state_dtype
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -84,34 +86,39 @@ def selective_scan(
     else:
         tensors = (u, delta, A, B, C, D, z, delta_bias)
         save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        y, _ = torch.ops.monai_mamba.selective_scan_fwd(
-            u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states, name
-        )
+        y, _ = _FORWARD(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states, name)
     return y if channels_last else y.transpose(1, 2)
 
 
 def _check_tensors(**tensors: Tensor | None) -> None:
     """Check type, device and precision of everything against the first tensor."""
     first_name, first = next(iter(tensors.items()))
+    if not isinstance(first, Tensor):
+        raise TypeError(f"`{first_name}` must be a tensor, got {type(first).__name__}")
+    dtype, device = first.dtype, first.device
+    if dtype not in _FLOATING:
+        raise TypeError(_wrong_type(first_name, dtype))
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _FLOATING:
-            raise TypeError(
-                f"`{name}` must be float16, bfloat16, float32 or float64, got {str(tensor.dtype)[6:]}; convert it"
-            )
-        assert first is not None
-        if tensor.device != first.device:
+        other = tensor.dtype
+        if other != dtype and other not in _FLOATING:
+            raise TypeError(_wrong_type(name, other))
+        if tensor.device != device:
             raise ValueError(
-                f"`{name}` lies on {tensor.device} but `{first_name}` on {first.device}; move both to one device"
+                f"`{name}` lies on {tensor.device} but `{first_name}` on {device}; move both to one device"
             )
-        if (tensor.dtype == torch.float64) != (first.dtype == torch.float64):
+        if other != dtype and torch.float64 in (other, dtype):
             raise ValueError(
-                f"`{name}` is {str(tensor.dtype)[6:]} but `{first_name}` is {str(first.dtype)[6:]}; "
+                f"`{name}` is {str(other)[6:]} but `{first_name}` is {str(dtype)[6:]}; "
                 "in double precision all arguments must be float64"
             )
+
+
+def _wrong_type(name: str, dtype: torch.dtype) -> str:
+    return f"`{name}` must be float16, bfloat16, float32 or float64, got {str(dtype)[6:]}; convert it"
 
 
 def _check_shapes(
@@ -154,41 +161,29 @@ def _check_shapes(
 
 
 def _resolve(u: Tensor, A: Tensor, B: Tensor, name: str) -> backends.Backend:
-    call = backends.Call(
-        op="selective_scan",
-        device_type=u.device.type,
-        dtype=u.dtype,
-        batch=u.shape[0],
-        length=u.shape[1],
-        channels=u.shape[2],
-        groups=B.shape[2],
-        d_state=A.shape[1],
-    )
+    batch, length, channels = u.shape
+    groups, d_state = B.shape[2:]
+    call = backends.Call("selective_scan", u.device.type, u.dtype, batch, length, channels, groups, d_state)
     return backends.resolve(call, name)
 
 
-# Autocast does not end at the door of a custom operator: without this, matrix products inside would be cast again.
-def _full_precision(tensor: Tensor) -> torch.autocast:
-    return torch.autocast(tensor.device.type, enabled=False)
+_UNCHANGED = contextlib.nullcontext()
 
 
-_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
+# Autocast does not end at the door of an operator: without this, matrix products inside would be cast again.
+def _full_precision(tensor: Tensor) -> contextlib.AbstractContextManager:
+    device_type = tensor.device.type
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _UNCHANGED
 
 
-@torch.library.custom_op(
-    "monai_mamba::selective_scan_fwd",
-    mutates_args=(),
-    schema=f"({_INPUTS}, bool delta_softplus, bool save_states, str backend) -> (Tensor, Tensor)",
-)
-def _selective_scan_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states, backend):
+def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states, backend):
     implementation = _resolve(u, A, B, backend)
     with _full_precision(u):
         y, states = implementation.scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states)
     return y, u.new_empty(0, dtype=state_dtype(u)) if states is None else states
 
 
-@_selective_scan_fwd.register_fake
-def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states, backend):
+def _fake_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states, backend):
     y = u.new_empty(u.shape)
     if not (save_states and backends.keeps_states(backend)):
         return y, u.new_empty(0, dtype=state_dtype(u))
@@ -197,12 +192,7 @@ def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states, backend)
     return y, u.new_empty(shape, dtype=state_dtype(u))
 
 
-@torch.library.custom_op(
-    "monai_mamba::selective_scan_bwd",
-    mutates_args=(),
-    schema=f"(Tensor grad_y, Tensor states, {_INPUTS}, bool delta_softplus, str backend) -> Tensor[]",
-)
-def _selective_scan_bwd(grad_y, states, u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend):
+def _backward(grad_y, states, u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend):
     implementation = _resolve(u, A, B, backend)
     with _full_precision(u):
         gradients = implementation.scan_backward(
@@ -216,9 +206,23 @@ def _saved(states: Tensor) -> Tensor | None:
     return states if states.ndim == 4 else None
 
 
-@_selective_scan_bwd.register_fake
-def _(grad_y, states, u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend):
+def _fake_backward(grad_y, states, u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend):
     return [t.new_empty(t.shape) for t in (u, delta, A, B, C, D, z, delta_bias) if t is not None]
+
+
+_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
+_FORWARD = operators.define(
+    "selective_scan_fwd",
+    f"({_INPUTS}, bool delta_softplus, bool save_states, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+_BACKWARD = operators.define(
+    "selective_scan_bwd",
+    f"(Tensor grad_y, Tensor states, {_INPUTS}, bool delta_softplus, str backend) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -227,17 +231,13 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad_y, _grad_states):
+def _gradients(ctx, grad_y, _grad_states):
+    if grad_y is None:
+        return (None,) * 11
     *tensors, states = ctx.saved_tensors
-    found = iter(torch.ops.monai_mamba.selective_scan_bwd(grad_y, states, *tensors, ctx.delta_softplus, ctx.backend))
+    found = iter(_BACKWARD(grad_y, states, *tensors, ctx.delta_softplus, ctx.backend))
     return (*(None if t is None else next(found) for t in tensors), None, None, None)
 
 
-def _refuse_double_backward(ctx, *gradients):
-    raise backends.BackendError(
-        "the selective scan has first derivatives only; for derivatives of derivatives call it with backend='reference'"
-    )
-
-
-_selective_scan_fwd.register_autograd(_backward, setup_context=_setup_context)
-_selective_scan_bwd.register_autograd(_refuse_double_backward)
+operators.differentiate(_FORWARD, _setup_context, _gradients, "the selective scan")
+operators.refuse_derivatives(_BACKWARD, "the selective scan")

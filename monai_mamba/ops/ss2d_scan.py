@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from monai_mamba.ops import backends
+from monai_mamba.ops import backends, operators
 from monai_mamba.ops.reference import ss2d_scan_reference, state_dtype
 from monai_mamba.ops.routes import ROUTES
 from monai_mamba.ops.selective_scan import _check_tensors, _full_precision, _saved
@@ -64,7 +64,7 @@ def ss2d_scan(
         return ss2d_scan_reference(x, delta, A, B, C, D, delta_bias, routes, delta_softplus)
     tensors = (x, delta, A, B, C, D, delta_bias)
     save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, _ = torch.ops.monai_mamba.ss2d_scan_fwd(*tensors, ",".join(routes), delta_softplus, save_states, name)
+    y, _ = _FORWARD(*tensors, ",".join(routes), delta_softplus, save_states, name)
     return y
 
 
@@ -114,31 +114,12 @@ def _check_shapes(
 
 def _resolve(x: Tensor, A: Tensor, name: str) -> backends.Backend:
     batch, height, width, channels = x.shape
-    call = backends.Call(
-        op="ss2d_scan",
-        device_type=x.device.type,
-        dtype=x.dtype,
-        batch=batch,
-        length=height * width,
-        channels=channels,
-        groups=A.shape[0],
-        d_state=A.shape[2],
-    )
+    num_routes, _, d_state = A.shape
+    call = backends.Call("ss2d_scan", x.device.type, x.dtype, batch, height * width, channels, num_routes, d_state)
     return backends.resolve(call, name)
 
 
-_INPUTS = (
-    "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, str routes, "
-    "bool delta_softplus"
-)
-
-
-@torch.library.custom_op(
-    "monai_mamba::ss2d_scan_fwd",
-    mutates_args=(),
-    schema=f"({_INPUTS}, bool save_states, str backend) -> (Tensor, Tensor)",
-)
-def _ss2d_scan_fwd(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, save_states, backend):
+def _forward(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, save_states, backend):
     implementation = _resolve(x, A, backend)
     with _full_precision(x):
         y, states = implementation.ss2d_forward(
@@ -147,8 +128,7 @@ def _ss2d_scan_fwd(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, sav
     return y.contiguous(), x.new_empty(0, dtype=state_dtype(x)) if states is None else states
 
 
-@_ss2d_scan_fwd.register_fake
-def _(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, save_states, backend):
+def _fake_forward(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, save_states, backend):
     y = x.new_empty(x.shape)
     if not save_states:
         return y, x.new_empty(0, dtype=state_dtype(x))
@@ -157,12 +137,7 @@ def _(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, save_states, bac
     return y, x.new_empty(shape, dtype=state_dtype(x))
 
 
-@torch.library.custom_op(
-    "monai_mamba::ss2d_scan_bwd",
-    mutates_args=(),
-    schema=f"(Tensor grad_y, Tensor states, {_INPUTS}, str backend) -> Tensor[]",
-)
-def _ss2d_scan_bwd(grad_y, states, x, delta, A, B, C, D, delta_bias, routes, delta_softplus, backend):
+def _backward(grad_y, states, x, delta, A, B, C, D, delta_bias, routes, delta_softplus, backend):
     implementation = _resolve(x, A, backend)
     with _full_precision(x):
         gradients = implementation.ss2d_backward(
@@ -171,9 +146,23 @@ def _ss2d_scan_bwd(grad_y, states, x, delta, A, B, C, D, delta_bias, routes, del
     return [g.contiguous() for g in gradients if g is not None]
 
 
-@_ss2d_scan_bwd.register_fake
-def _(grad_y, states, x, delta, A, B, C, D, delta_bias, routes, delta_softplus, backend):
+def _fake_backward(grad_y, states, x, delta, A, B, C, D, delta_bias, routes, delta_softplus, backend):
     return [t.new_empty(t.shape) for t in (x, delta, A, B, C, D, delta_bias) if t is not None]
+
+
+_INPUTS = (
+    "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, str routes, "
+    "bool delta_softplus"
+)
+_FORWARD = operators.define(
+    "ss2d_scan_fwd", f"({_INPUTS}, bool save_states, str backend) -> (Tensor, Tensor)", _forward, _fake_forward
+)
+_BACKWARD = operators.define(
+    "ss2d_scan_bwd",
+    f"(Tensor grad_y, Tensor states, {_INPUTS}, str backend) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)
 
 
 def _setup_context(ctx, inputs, output):
@@ -182,19 +171,13 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad_y, _grad_states):
+def _gradients(ctx, grad_y, _grad_states):
+    if grad_y is None:
+        return (None,) * 11
     *tensors, states = ctx.saved_tensors
-    found = iter(
-        torch.ops.monai_mamba.ss2d_scan_bwd(grad_y, states, *tensors, ctx.routes, ctx.delta_softplus, ctx.backend)
-    )
+    found = iter(_BACKWARD(grad_y, states, *tensors, ctx.routes, ctx.delta_softplus, ctx.backend))
     return (*(None if t is None else next(found) for t in tensors), None, None, None, None)
 
 
-def _refuse_double_backward(ctx, *gradients):
-    raise backends.BackendError(
-        "the scan of a map has first derivatives only; for derivatives of derivatives call it with backend='reference'"
-    )
-
-
-_ss2d_scan_fwd.register_autograd(_backward, setup_context=_setup_context)
-_ss2d_scan_bwd.register_autograd(_refuse_double_backward)
+operators.differentiate(_FORWARD, _setup_context, _gradients, "the scan of a map")
+operators.refuse_derivatives(_BACKWARD, "the scan of a map")

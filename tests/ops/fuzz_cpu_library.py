@@ -156,7 +156,7 @@ def main() -> None:
         # The backward pass reads what the forward pass has left in `states`.
         for name in ("forward", "backward"):
             try:
-                library.call(f"{kind}_{name}", job, variant, threads)
+                library.call(f"{kind}_{name}", bytes(job), variant, threads)
                 assert not bad, "a spoiled job was accepted"
             except LibraryError:
                 assert bad, "a good job was refused"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from monai_mamba.errors import BackendError
-from monai_mamba.ops import causal_conv1d, cpu_library, get_backend, selective_scan, ss2d_scan
+from monai_mamba.ops import causal_conv1d, cpu, cpu_library, get_backend, selective_scan, ss2d_scan
 from monai_mamba.ops.cpu import use_variant
 from monai_mamba.ops.routes import ROUTES
 
@@ -402,3 +402,65 @@ def test_subnormal_numbers_survive_in_the_calling_thread():
     """The kernels flush subnormal numbers for themselves only."""
     scan(**{k: v.float() for k, v in scan_inputs().items()}, backend="cpu")
     assert (torch.tensor([1e-39]) * 0.5).item() > 0
+
+
+def test_jobs_are_the_structures_of_the_library():
+    """Numbers packed in order against the names of the fields."""
+    batch, height, width, channels, states = 2, 3, 5, 7, 4
+    x, delta = torch.zeros(batch, height, width, channels), torch.zeros(batch, height, width, 2, channels)
+    B, C = (torch.zeros(batch, height, width, 2, states, dtype=t) for t in (torch.bfloat16, torch.float16))
+    A, D, bias, saved = torch.zeros(2, channels, states), torch.zeros(14), torch.zeros(14), torch.zeros(1)
+    routes = ("column", "row_reversed")
+    gradients = tuple(range(100, 125))
+    packed = cpu._map_job(x, delta, A, B, C, D, bias, routes, True, saved, x, gradients)
+    job = cpu_library.ScanJob.from_buffer_copy(packed)
+    sizes = (job.batch, job.length, job.groups, job.channels, job.d_state, job.height, job.width)
+    assert sizes == (2, 15, 2, 7, 4, 3, 5) and (job.softplus, job.merge) == (1, 1)
+    assert list(job.routes[:3]) == [1, 2, 0]
+    pixel = 2 * states
+    for view, expected in (
+        (job.u, (x.data_ptr(), 15 * 7, 7, 0, 0)),
+        (job.delta, (delta.data_ptr(), 15 * 14, 14, 7, 0)),
+        (job.B, (B.data_ptr(), 15 * pixel, pixel, states, 1)),
+        (job.C, (C.data_ptr(), 15 * pixel, pixel, states, 2)),
+        (job.z, (None, 0, 0, 0, 0)),
+        (job.y, (x.data_ptr(), 15 * 7, 7, 0, 0)),
+        (job.grad_y, (100, 101, 102, 103, 104)),
+        (job.grad_z, (115, 116, 117, 118, 119)),
+    ):
+        assert (view.data, view.batch, view.step, view.group, view.dtype) == expected
+    assert (job.A, job.D, job.delta_bias, job.states) == tuple(t.data_ptr() for t in (A, D, bias, saved))
+    found = (job.grad_A, job.grad_D, job.grad_delta_bias, job.grad_B, job.grad_C)
+    assert found == (120, 121, 122, 123, 124)
+
+    u, matrix = torch.zeros(2, 9, 6), torch.zeros(2, 9, 3, 4)
+    job = cpu_library.ScanJob.from_buffer_copy(
+        cpu._sequence_job(u, u, A, matrix, matrix, D, u, None, False, None, u[:, :, :1])
+    )
+    sizes = (job.batch, job.length, job.groups, job.channels, job.d_state, job.height, job.width)
+    assert sizes == (2, 9, 3, 2, 4, 1, 9) and (job.softplus, job.merge) == (0, 0)
+    assert (job.z.data, job.z.batch, job.z.step, job.z.group) == (u.data_ptr(), 54, 6, 2)
+    assert (job.D, job.delta_bias, job.states, job.grad_y.data) == (D.data_ptr(), None, None, None)
+
+    weight, bias = torch.zeros(6, 4), torch.zeros(6)
+    job = cpu_library.ConvJob.from_buffer_copy(cpu._conv_job(u, weight, None, True, None, u, u, weight, bias))
+    assert (job.batch, job.length, job.channels, job.taps, job.silu) == (2, 9, 6, 4, 1)
+    assert (job.x.data, job.y.data, job.grad_x.data) == (u.data_ptr(), None, u.data_ptr())
+    assert (job.weight, job.bias, job.grad_weight) == (weight.data_ptr(), None, weight.data_ptr())
+    assert job.grad_bias == bias.data_ptr()
+
+
+@pytest.mark.parametrize("size", [(1, 7), (7, 1), (4, 6)], ids=str)
+def test_map_slices_of_projections_need_no_copy_and_match(variant, size, monkeypatch):
+    """Channel slices of maps are read where they lie; maps whose rows lie apart otherwise are copied."""
+    values = {k: v.float() for k, v in map_inputs(height=size[0], width=size[1], num_routes=1).items()}
+    expected = ss2d_scan(**values, routes=("column",), backend="cpu")
+    wide = {k: torch.stack([v, v], -2).flatten(-2) for k, v in values.items() if k in ("x", "delta", "B", "C")}
+    slices = values | {k: v[..., v.shape[-1] // 2 :] for k, v in wide.items()}
+    assert not any(slices[k].is_contiguous() for k in wide)
+    transposed = values | {k: values[k].transpose(1, 2).contiguous().transpose(1, 2) for k in wide}
+    assert torch.equal(ss2d_scan(**transposed, routes=("column",), backend="cpu"), expected)
+    monkeypatch.setattr(torch.Tensor, "contiguous", None)  # from here on nothing may be copied
+    assert all(cpu._even(slices[k]) is slices[k] for k in wide)
+    monkeypatch.undo()
+    assert torch.equal(ss2d_scan(**slices, routes=("column",), backend="cpu"), expected)

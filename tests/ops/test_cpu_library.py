@@ -210,8 +210,8 @@ def _scan_by_hand(library):
         else:
             setattr(job, name, ctypes.addressof(values))
     variant = library.choose_variant("baseline")
-    library.call("scan_forward", job, variant, 1)
-    library.call("scan_backward", job, variant, 1)
+    library.call("scan_forward", bytes(job), variant, 1)
+    library.call("scan_backward", bytes(job), variant, 1)
     return [list(a[name]) for name in a if name.startswith("grad_") and name != "grad_y"] + [list(a["y"])]
 
 
