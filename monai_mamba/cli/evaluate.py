@@ -25,6 +25,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")] = True,
     robustness: Annotated[Path | None, typer.Option(help="Folder of `monai-mamba robustness`, for the report.")] = None,
+    explanations: Annotated[Path | None, typer.Option(help="Folder of `monai-mamba explain`, for the report.")] = None,
     validation: Annotated[
         Path | None,
         typer.Option(help="Table of the validation cases: Youden's threshold, temperature.", rich_help_panel="Classes"),
@@ -35,10 +36,6 @@ def evaluate(
     by: Annotated[
         str | None,
         typer.Option(help="Further column of the table, e.g. site: score each value too.", rich_help_panel="Classes"),
-    ] = None,
-    explanations: Annotated[
-        Path | None,
-        typer.Option(help="Folder of `monai-mamba explain`, for the report.", rich_help_panel="Classes"),
     ] = None,
     reference: Annotated[
         Path | None, typer.Option("--reference", "-r", help="Folder with the references.", rich_help_panel="Label maps")
@@ -67,10 +64,11 @@ def evaluate(
     other table classes.
     """
     settings: dict[str, Any] = {
-        "num_draws": draws, "level": level, "seed": seed, "report": report, "robustness": robustness
+        "num_draws": draws, "level": level, "seed": seed, "report": report, "explanations": explanations,
+        "robustness": robustness,
     }  # fmt: skip
     for_classes: dict[str, Path | str | None] = {
-        "validation": validation, "by": by, "explanations": explanations,
+        "validation": validation, "by": by,
         "group": None if group == "case" else group,
     }  # fmt: skip
     for_label_maps: dict[str, Path | str | None] = {
@@ -96,10 +94,7 @@ def evaluate(
             from monai_mamba.evaluation import tables
 
             _refuse(for_label_maps, "a folder of label maps")
-            metrics = tables.evaluate_files(
-                predictions, output, validation, compare, group, by=by,
-                explanations=explanations, **settings,
-            )  # fmt: skip
+            metrics = tables.evaluate_files(predictions, output, validation, compare, group, by=by, **settings)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     _show(metrics, level)

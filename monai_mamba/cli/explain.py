@@ -32,33 +32,55 @@ def explain(
     section: SectionName = "test",
     method: Annotated[str, typer.Option(help="gradcam or gradcam++.")] = "gradcam",
     layer: Annotated[
-        str | None, typer.Option(help="Stage to look at; default: the deepest that is fine enough.")
+        str | None, typer.Option(help="Stage (or decoder) to look at; default: the deepest that is fine enough.")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="Class to explain; default: the predicted one.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Class, structure or landmark to explain; default: the predicted class, or all of them."),
+    ] = None,
+    region: Annotated[
+        str,
+        typer.Option(help="Label maps, landmarks: explain what was found (predicted), or the whole output (all)."),
+    ] = "predicted",
     case: Annotated[
         list[str] | None, typer.Option(help="Case to draw. Repeatable; default: wrong and sure ones.")
     ] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="Cases to draw if none are named.")] = 12,
-    checks: Annotated[int, typer.Option(min=0, help="Cases for the sanity checks; 0 for none.")] = 16,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures to draw if no cases are named.")] = 12,
+    checks: Annotated[
+        int | None,
+        typer.Option(min=0, help="Maps for the sanity checks; 0 for none. Default: 16, or 6 of label maps, landmarks."),
+    ] = None,
     limit: Limit = None,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     device: Device = None,
     argument: Arguments = None,
 ) -> None:
-    """Show where a trained classifier looks: Grad-CAM pictures, sanity checks, PCA and t-SNE of its features."""
+    """Show where a trained model looks: Grad-CAM pictures and sanity checks, for classifiers PCA and t-SNE, too.
+
+    For label maps the map is Seg-Grad-CAM of a structure, for landmarks that of the heat map at the place that was
+    found.
+    """
     from monai_mamba.explain.run import explain as run
 
     with _reported_errors(), _progress() as on_progress:
         summary = run(
-            model, data, output, section=section, method=method, layer=layer, target=target, chosen=case or [],
-            num_pictures=pictures, num_checks=checks, limit=limit, batch_size=batch_size, seed=seed, device=device,
-            overrides=_overrides(argument), on_progress=on_progress,
+            model, data, output, section=section, method=method, layer=layer, target=target, region=region,
+            chosen=case or [], num_pictures=pictures, num_checks=checks, limit=limit, batch_size=batch_size, seed=seed,
+            device=device, overrides=_overrides(argument), on_progress=on_progress,
         )  # fmt: skip
     size = " x ".join(map(str, summary["map_size"]))
     typer.echo(
         f"{len(summary['pictures'])} pictures of {summary['cases']} cases, {method} of {summary['layer']} ({size})"
     )
+    for name, cases in summary["not_found"].items():
+        shown = ", ".join(cases[:3]) + (", ..." if len(cases) > 3 else "")
+        typer.echo(f"{name}: found nowhere in {len(cases)} of {summary['cases']} cases ({shown})")
+    empty = [entry["text"].partition(";")[0] for entry in summary["pictures"] if entry["is_empty"]]
+    if empty:
+        shown = "; ".join(empty[:3]) + ("; ..." if len(empty) > 3 else "")
+        typer.echo(f"{len(empty)} empty maps, nothing in {summary['layer']} speaks for it: {shown}")
+        typer.echo("try --method gradcam++ or another --layer")
     for check in summary["sanity"]:
         typer.echo(f"{'passed    ' if check['passed'] else 'NOT PASSED'}  {check['name']}: {check['figure']}")
     typer.echo(f"written: {output}")

@@ -144,6 +144,7 @@ def evaluate_files(
     level: float = 0.95,
     seed: int = 0,
     report: bool = True,
+    explanations: os.PathLike[str] | str | None = None,
     robustness: os.PathLike[str] | str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a table of landmarks; write ``metrics.json`` and ``report.html``.
@@ -154,7 +155,8 @@ def evaluate_files(
         compare_with: table of another model on the same cases.
         num_draws, level, seed: of the bootstrap.
         report: write ``report.html``.
-        robustness: folder that ``monai-mamba robustness`` wrote, for the report.
+        explanations, robustness: folders that ``monai-mamba explain`` and ``monai-mamba robustness`` wrote, for the
+            report.
 
     Returns:
         The content of ``metrics.json``.
@@ -169,7 +171,7 @@ def evaluate_files(
     if report:
         from monai_mamba.evaluation.report.evaluation import render_landmarks
 
-        contents[REPORT_FILE] = render_landmarks(metrics, landmarks, robustness)
+        contents[REPORT_FILE] = render_landmarks(metrics, landmarks, explanations, robustness)
     write_results(output_dir, contents)
     return metrics
 

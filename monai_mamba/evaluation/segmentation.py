@@ -369,6 +369,7 @@ def evaluate_files(
     seed: int = 0,
     report: bool = True,
     on_case: Callable[[str], None] | None = None,
+    explanations: os.PathLike[str] | str | None = None,
     robustness: os.PathLike[str] | str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a folder of label maps; write ``metrics.json``, ``cases.csv`` and ``report.html``.
@@ -385,7 +386,8 @@ def evaluate_files(
         num_draws, level, seed: of the bootstrap.
         report: write ``report.html``.
         on_case: called with the name of each case when it is done.
-        robustness: folder that ``monai-mamba robustness`` wrote, for the report.
+        explanations, robustness: folders that ``monai-mamba explain`` and ``monai-mamba robustness`` wrote, for the
+            report.
 
     Returns:
         The content of ``metrics.json``.
@@ -414,7 +416,7 @@ def evaluate_files(
         from monai_mamba.evaluation.report.evaluation import render_segmentation
 
         contents[REPORT_FILE] = render_segmentation(
-            metrics, evaluation, predictions, references, images, labels, robustness
+            metrics, evaluation, predictions, references, images, labels, explanations, robustness
         )
     write_results(output_dir, contents)
     return metrics

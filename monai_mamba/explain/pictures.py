@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,26 +11,55 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 from monai_mamba.evaluation.report.charts import plain
 from monai_mamba.evaluation.report.page import chart, color_of
-from monai_mamba.evaluation.report.volumes import (
-    PLANES,
-    busiest_slices,
-    draw_letters,
-    gray_window,
-    plane_extent,
-    slice_planes,
-)
+from monai_mamba.evaluation.report.volumes import PLANES, Grid, busiest_slices, draw_outline, gray_window
 
 COLOR_MAP = "turbo"
+#: Neither occurs in the color map or in a gray image.
+FOUND_COLOR, REFERENCE_COLOR = "#ff4fd8", "#ffffff"
 _MAX_OPACITY = 0.6
 _PANEL_INCHES = 2.7
 _FACE = "black"
 
 
+@dataclass(frozen=True)
+class Marks:
+    """What a network found and what is there, drawn over image and map; all on the grid of the map.
+
+    Attributes:
+        found, reference: masks ``(*spatial)``.
+        found_point, reference_point: positions in voxels, ``(dims,)``.
+        window: first and last voxel of the part that was looked at, if that is not all of it.
+    """
+
+    found: np.ndarray | None = None
+    reference: np.ndarray | None = None
+    found_point: np.ndarray | None = None
+    reference_point: np.ndarray | None = None
+    window: tuple[np.ndarray, np.ndarray] | None = None
+
+    def turned(self, grid: Grid) -> Marks:
+        """Return the marks of a volume in RAS+ order."""
+        found, reference = (None if m is None else grid.turn(m) for m in (self.found, self.reference))
+        points = [None if p is None else grid.turn_point(p) for p in (self.found_point, self.reference_point)]
+        window = None
+        if self.window is not None:
+            corners = np.stack([grid.turn_point(corner) for corner in self.window])
+            window = corners.min(0), corners.max(0)
+        return Marks(found, reference, points[0], points[1], window)
+
+
 def draw_image_maps(
-    images: Sequence[np.ndarray], maps: np.ndarray, aspects: Sequence[float], views: Sequence[str], title: str
+    images: Sequence[np.ndarray],
+    maps: np.ndarray,
+    aspects: Sequence[float],
+    views: Sequence[str],
+    title: str,
+    marks: Marks | None = None,
 ) -> Figure:
     """Draw one or two images with their maps: above the image (or left of it), below the image with the map.
 
@@ -39,6 +69,7 @@ def draw_image_maps(
         aspects: width over height of each image as it was before it became the network's input.
         views: their names; shown if there are two.
         title: above all.
+        marks: drawn into every panel.
     """
     number = len(images)
     rows, columns = (1, 2) if number == 1 else (2, number)
@@ -50,48 +81,76 @@ def draw_image_maps(
         for panel in (plain_panel, overlay):
             panel.imshow(_displayable(image), cmap="gray", vmin=0, vmax=1, extent=extent, interpolation="bilinear")
         overlay.imshow(_tint(view_map), extent=extent, interpolation="bilinear")
+        if marks is not None:
+            for panel in (plain_panel, overlay):
+                _mark_image(panel, marks, view_map.shape, extent)
         if number > 1:
             plain_panel.set_title(plain(view), color="white", fontsize=9)
-    _finish(figure, panels)
+    _finish(figure, panels, marks)
     return figure
 
 
-def draw_volume_map(volume: np.ndarray, volume_map: np.ndarray, spacing: Sequence[float], title: str) -> Figure:
-    """Draw the three planes through the strongest voxels of a map, without and with it.
+def draw_volume_map(
+    volume: np.ndarray, volume_map: np.ndarray, grid: Grid, title: str, marks: Marks | None = None
+) -> Figure:
+    """Draw three planes without and with a map: through what was found, else through the map's strongest voxels.
 
     Args:
-        volume: ``(i, j, k)`` in RAS+ order.
+        volume: ``(i, j, k)`` as it is stored.
         volume_map: same shape, from 0 to 1.
-        spacing: in mm.
+        grid: of both.
         title: above all.
+        marks: drawn into every panel.
     """
-    slices = busiest_slices(volume_map)
+    marks = (marks or Marks()).turned(grid)
+    volume, volume_map = grid.turn(volume), grid.turn(volume_map)
+    if marks.found_point is not None:
+        slices = [int(v) for v in marks.found_point.round().clip(0, np.array(volume.shape) - 1)]
+    else:
+        slices = list(busiest_slices(volume_map if marks.found is None else marks.found))
     low, high = gray_window(volume)
     figure = _figure(3, 2, title)
     panels = figure.subplots(2, 3)
-    planes = zip(slice_planes(volume, slices), slice_planes(volume_map, slices), PLANES, strict=True)
-    for column, (picture, plane_map, (name, axis, letters)) in enumerate(planes):
-        extent = plane_extent(volume.shape, spacing, axis)
-        for panel in panels[:, column]:
+    for column, plane in enumerate(PLANES):
+        extent = plane.extent(volume.shape, grid.spacing)
+        picture = plane.cut(volume, slices)
+        for row, panel in enumerate(panels[:, column]):
             panel.imshow(
                 picture, "gray", vmin=low, vmax=high, origin="lower", extent=extent, interpolation="bilinear"
             )  # fmt: skip
-            draw_letters(panel, letters)
-        panels[1, column].imshow(_tint(plane_map), origin="lower", extent=extent, interpolation="bilinear")
-        panels[0, column].set_title(name, color="white", fontsize=9)
-    _finish(figure, panels)
+            if row == 1:
+                tint = _tint(plane.cut(volume_map, slices))
+                panel.imshow(tint, origin="lower", extent=extent, interpolation="bilinear")
+            for mask, color, style in (
+                (marks.reference, REFERENCE_COLOR, "dashed"),
+                (marks.found, FOUND_COLOR, "solid"),
+            ):
+                if mask is not None:
+                    draw_outline(panel, plane.cut(mask, slices), extent, color, style)
+            points = ((marks.reference_point, REFERENCE_COLOR, "x"), (marks.found_point, FOUND_COLOR, "+"))
+            for point, color, marker in points:
+                if point is not None:
+                    _mark_point(panel, plane.place(point, volume.shape, grid.spacing), color, marker)
+            if marks.window is not None:
+                edges = marks.window[0] - 0.5, marks.window[1] + 0.5
+                corners = [plane.place(edge, volume.shape, grid.spacing) for edge in edges]
+                _mark_window(panel, corners)
+            panel.set(xlim=extent[:2], ylim=extent[2:])
+            plane.dress(panel, grid)
+    _finish(figure, panels, marks)
     return figure
 
 
-def draw_sanity(shares: Sequence[float], curves: dict[str, list[float]], similarity: dict[float, Any]) -> Figure:
-    """Draw the deletion curves and the similarity to the maps of shuffled networks."""
+def draw_sanity(
+    shares: Sequence[float], curves: dict[str, list[float]], similarity: dict[float, Any], score: str
+) -> Figure:
+    """Draw the deletion curves of a score, called ``score``, and the similarity to the maps of shuffled networks."""
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for index, (name, label) in enumerate((("map", "by the map"), ("random", "by random maps"))):
         left.plot(shares, curves[name], color=color_of(5 + index), label=label)
-    left.set(
-        xlabel="share of the image that is deleted", ylabel="probability of the class", xlim=(0, 1), ylim=(0, 1.02)
-    )
+    top = max(1.0, *(max(curve) for curve in curves.values()))  # a heat map can rise above what it was
+    left.set(xlabel="share of the image that is deleted", ylabel=score, xlim=(0, 1), ylim=(0, 1.02 * top))
     left.legend(frameon=False, fontsize=8)
     names = [f"{share:.0%}" for share in similarity]
     values = np.array([interval.value for interval in similarity.values()])
@@ -151,9 +210,43 @@ def _figure(columns: float, rows: float, title: str) -> Figure:
     return figure
 
 
-def _finish(figure: Figure, panels: np.ndarray) -> None:
+def _mark_image(panel: Any, marks: Marks, shape: Sequence[int], extent: tuple[float, float, float, float]) -> None:
+    """Marks of a picture, whose rows run downwards; ``shape`` is that of its map."""
+    for mask, color, style in ((marks.reference, REFERENCE_COLOR, "dashed"), (marks.found, FOUND_COLOR, "solid")):
+        if mask is not None:
+            draw_outline(panel, mask[::-1], extent, color, style)
+
+    def place(point: np.ndarray) -> tuple[float, float]:
+        row, column = point
+        return (column + 0.5) / shape[1] * extent[1], (1 - (row + 0.5) / shape[0]) * extent[3]
+
+    for point, color, marker in ((marks.reference_point, REFERENCE_COLOR, "x"), (marks.found_point, FOUND_COLOR, "+")):
+        if point is not None:
+            _mark_point(panel, place(point), color, marker)
+    if marks.window is not None:
+        _mark_window(panel, [place(marks.window[0] - 0.5), place(marks.window[1] + 0.5)])
+    panel.set(xlim=extent[:2], ylim=extent[2:])
+
+
+def _mark_point(panel: Any, place: tuple[float, float], color: str, marker: str) -> None:
+    panel.plot(*place, marker, color=color, markersize=9, markeredgewidth=1.8)
+
+
+def _mark_window(panel: Any, corners: Sequence[tuple[float, float]]) -> None:
+    (x0, y0), (x1, y1) = corners
+    panel.add_patch(
+        Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="0.75", linewidth=1, linestyle="dotted")
+    )
+
+
+def _finish(figure: Figure, panels: np.ndarray, marks: Marks | None = None) -> None:
     for panel in panels.flat:
         panel.axis("off")
+    if handles := _legend(marks):
+        figure.legend(
+            handles=handles, loc="outside lower left", ncols=len(handles), fontsize=8, labelcolor="white",
+            frameon=False, handlelength=2.4,
+        )  # fmt: skip
     bar = figure.colorbar(
         ScalarMappable(Normalize(0, 1), colormaps[COLOR_MAP]), ax=list(panels.flat), fraction=0.035, pad=0.02
     )
@@ -161,6 +254,25 @@ def _finish(figure: Figure, panels: np.ndarray) -> None:
     bar.set_ticks([0, 0.5, 1], labels=["0", "0.5", "1"])
     bar.ax.tick_params(colors="white", labelsize=8)
     bar.outline.set_edgecolor("white")
+
+
+def _legend(marks: Marks | None) -> list[Line2D]:
+    if marks is None:
+        return []
+    handles = []
+    for name, mask, point, color in (
+        ("found", marks.found, marks.found_point, FOUND_COLOR),
+        ("reference", marks.reference, marks.reference_point, REFERENCE_COLOR),
+    ):
+        is_found = name == "found"
+        if mask is not None:
+            handles.append(Line2D([], [], color=color, linestyle="solid" if is_found else "dashed", label=name))
+        elif point is not None:
+            marker = "+" if is_found else "x"
+            handles.append(Line2D([], [], color=color, linestyle="", marker=marker, markeredgewidth=1.8, label=name))
+    if marks.window is not None:
+        handles.append(Line2D([], [], color="0.75", linestyle="dotted", label="part that was looked at"))
+    return handles
 
 
 def _tint(view_map: np.ndarray) -> np.ndarray:

@@ -21,6 +21,26 @@ SHUFFLED_SHARES = (0.1, 0.5, 1.0)
 MAX_SIMILARITY = 0.5
 DELETED_SHARES = tuple(float(s) for s in np.linspace(0, 1, 21))
 NUM_RANDOM_MAPS = 5
+Score = Callable[[Sequence[Tensor]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What one map explains: an output of the network for one input.
+
+    Attributes:
+        image: input ``(C, *spatial)``.
+        index: number of the class, structure or landmark.
+        patient: of the image.
+        score: inputs to the score of that output, ``(inputs,)``: 1 or less at the image itself.
+        region: mask ``(*spatial)`` of the outputs that are meant; None for a classifier, or all of them.
+    """
+
+    image: Tensor
+    index: int
+    patient: str
+    score: Score
+    region: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -30,14 +50,14 @@ class SanityChecks:
     Attributes:
         similarity: shuffled share of the parameters to the mean rank correlation of the maps.
         deletion: area under the deletion curve: with random maps - with the maps; above 0 the maps are better.
-        curves: name to mean probability of the class over ``DELETED_SHARES``, for ``"map"`` and ``"random"``.
-        num_cases: cases that were looked at.
+        curves: name to mean score over ``DELETED_SHARES``, for ``"map"`` and ``"random"``.
+        num_maps: maps that were looked at.
     """
 
     similarity: dict[float, Interval]
     deletion: Interval
     curves: dict[str, list[float]]
-    num_cases: int
+    num_maps: int
 
     @property
     def depends_on_weights(self) -> bool:
@@ -57,14 +77,14 @@ class SanityChecks:
                 "name": "Maps depend on the weights",
                 "figure": f"rank correlation with the maps of a shuffled network {shuffled.value:.2f} "
                 f"({shuffled.low:.2f} to {shuffled.high:.2f}), must be within -{MAX_SIMILARITY} and {MAX_SIMILARITY}; "
-                f"{self.num_cases} cases",
+                f"{self.num_maps} maps",
                 "passed": self.depends_on_weights,
             },
             {
                 "name": "Maps show what matters",
                 "figure": f"deletion by the map lowers the area under the curve by {area.value:.3f} "
                 f"({area.low:.3f} to {area.high:.3f}) more than by random maps, must be above 0; "
-                f"{self.num_cases} cases",
+                f"{self.num_maps} maps",
                 "passed": self.shows_what_matters,
             },
         ]
@@ -109,66 +129,59 @@ def delete(image: Tensor, maps: Tensor, share: float) -> Tensor:
     return torch.where(chosen.view_as(maps)[:, None], mean, views).flatten(0, 1)
 
 
-def deletion_curve(
-    probability: Callable[[Sequence[Tensor]], np.ndarray], image: Tensor, maps: Tensor, batch_size: int = 16
-) -> np.ndarray:
-    """Return the probability of the class while more and more of the image is deleted, over ``DELETED_SHARES``.
+def deletion_curve(score: Score, image: Tensor, maps: Tensor, batch_size: int = 16) -> np.ndarray:
+    """Return the score while more and more of the image is deleted, over ``DELETED_SHARES``.
 
     References:
         Petsiuk et al., RISE, BMVC 2018, section 4.2.
     """
     images = [delete(image, maps, share) for share in DELETED_SHARES]
-    return np.concatenate([probability(images[i : i + batch_size]) for i in range(0, len(images), batch_size)])
+    return np.concatenate([score(images[i : i + batch_size]) for i in range(0, len(images), batch_size)])
 
 
 def check_maps(
     network: nn.Module,
-    probabilities: Callable[[Sequence[Tensor]], np.ndarray],
-    images: Sequence[Tensor],
-    classes: Sequence[int],
-    patients: Sequence[str],
+    subjects: Sequence[Subject],
     explainer: ActivationMaps,
     *,
     seed: int = 0,
     num_draws: int = 1000,
-    on_case: Callable[[], None] = lambda: None,
+    batch_size: int = 16,
+    on_map: Callable[[], None] = lambda: None,
 ) -> SanityChecks:
-    """Check the maps of some cases.
+    """Check some maps.
 
     Args:
         network: the network.
-        probabilities: inputs to probabilities ``(cases, classes)``.
-        images: inputs ``(C, *spatial)``.
-        classes: the class to explain, per image.
-        patients: of the images.
+        subjects: what is explained.
         explainer: gives the maps.
         seed: of shuffles, random maps and draws.
         num_draws: of the bootstrap over patients.
-        on_case: called after every case.
+        batch_size: images per pass.
+        on_map: called after every map.
     """
+    first = subjects[0].image
     others = {
-        share: ActivationMaps(shuffle_weights(network, share, seed), images[0], explainer.method, explainer.layer)
+        share: ActivationMaps(shuffle_weights(network, share, seed), first, explainer.method, explainer.layer)
         for share in SHUFFLED_SHARES
     }
     generator = torch.Generator().manual_seed(seed)
     similarity: dict[float, list[float]] = {share: [] for share in others}
     curves: dict[str, list[np.ndarray]] = {"map": [], "random": []}
-    for image, index in zip(images, classes, strict=True):
-
-        def probability(batch: Sequence[Tensor], index: int = index) -> np.ndarray:
-            return probabilities(batch)[:, index]
-
-        maps = explainer(image, index)
+    for subject in subjects:
+        image, what = subject.image, (subject.image, subject.index, subject.region)
+        maps = explainer(*what)
         for share, other in others.items():
-            similarity[share].append(_rank_correlation(maps, other(image, index)))
-        curves["map"].append(deletion_curve(probability, image, maps))
+            similarity[share].append(_rank_correlation(maps, other(*what)))
+        curves["map"].append(deletion_curve(subject.score, image, maps, batch_size))
         drawn = []
         for _ in range(NUM_RANDOM_MAPS):
             # As coarse as the maps: single pixels at random would be another kind of damage.
             noise = torch.rand(len(maps), 1, *explainer.map_size, generator=generator)
-            drawn.append(deletion_curve(probability, image, normalized(enlarge(noise, image.shape[1:]))))
+            random_maps = normalized(enlarge(noise, image.shape[1:]))
+            drawn.append(deletion_curve(subject.score, image, random_maps, batch_size))
         curves["random"].append(np.mean(drawn, axis=0))
-        on_case()
+        on_map()
     areas = {name: trapezoid(np.array(rows), DELETED_SHARES, axis=1) for name, rows in curves.items()}
     gain = areas["random"] - areas["map"]
     correlations: Mapping[float, np.ndarray] = {share: np.array(values) for share, values in similarity.items()}
@@ -176,12 +189,12 @@ def check_maps(
     def figures(rows: np.ndarray) -> dict[str, float]:
         return {"deletion": gain[rows].mean(), **{str(s): v[rows].mean() for s, v in correlations.items()}}
 
-    intervals = bootstrap(figures, list(patients), num_draws, seed=seed)
+    intervals = bootstrap(figures, [subject.patient for subject in subjects], num_draws, seed=seed)
     return SanityChecks(
         {share: intervals[str(share)] for share in correlations},
         intervals["deletion"],
         {name: np.mean(rows, axis=0).tolist() for name, rows in curves.items()},
-        len(images),
+        len(subjects),
     )
 
 

@@ -258,6 +258,9 @@ class NNMambaSeg(nn.Module):
         Gong et al., nnMamba, 2024, arXiv:2402.03526, section 2; parameter counts in docs/networks/nnmamba.md.
     """
 
+    #: Each axis is padded to a multiple of this many voxels before the first layer.
+    size_multiple = 16
+
     def __init__(
         self,
         spatial_dims: int = 3,
@@ -291,7 +294,7 @@ class NNMambaSeg(nn.Module):
 
     @property
     def feature_layers(self) -> dict[str, str]:
-        """Names of the feature maps and the modules that return them; ``decoder`` is the layer for Grad-CAM."""
+        """Names of the feature maps and the modules that return them."""
         return _encoder_layers() | {"decoder": "decoder.blocks.2"}
 
     def no_weight_decay(self) -> set[str]:
@@ -301,7 +304,7 @@ class NNMambaSeg(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         _check_image(x, self.spatial_dims, self.in_channels, self.norm, self.training)
         image_size = x.shape[2:]
-        logits = fit_to_image(self.decoder(self.encoder(pad_to_multiple(x, 16))), image_size)
+        logits = fit_to_image(self.decoder(self.encoder(pad_to_multiple(x, self.size_multiple))), image_size)
         return logits if self.decoder.deep_supervision else logits[0]
 
 

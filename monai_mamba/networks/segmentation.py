@@ -83,6 +83,9 @@ class SegmentationDecoder(DeepSupervisionDecoder):
 class _EncoderDecoder(nn.Module):
     """What the segmentation networks share: checks, padding to a multiple of 32, and cutting back."""
 
+    #: Each axis is padded to a multiple of this many pixels before the first layer.
+    size_multiple = 32
+
     def __init__(
         self,
         encoder: nn.Module,
@@ -107,7 +110,7 @@ class _EncoderDecoder(nn.Module):
 
     @property
     def feature_layers(self) -> dict[str, str]:
-        """Names of the feature maps and the modules they pass; ``decoder`` is the layer for Grad-CAM."""
+        """Names of the feature maps and the modules they pass."""
         known: dict[str, str] = getattr(self.encoder, "feature_layers", {})
         stages = {name: f"encoder.{path}" for name, path in known.items() if name != "embedding"}
         return stages | {"decoder": "decoder.blocks.4"}
@@ -125,7 +128,7 @@ class _EncoderDecoder(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"`x` must have shape (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
         image_size = x.shape[2:]
-        x = pad_to_multiple(x, 32)
+        x = pad_to_multiple(x, self.size_multiple)
         logits = fit_to_image(self.decoder(x, self.encode(x)), image_size)
         return logits if self.decoder.deep_supervision else logits[0]
 
@@ -266,6 +269,11 @@ class TwoViewEncoder(nn.Module):
         self.backbone = backbone
         self.shallow_fusion = CrossViewSwap(backbone.dims[-1], fusion_d_state, fusion_ssm_ratio, mixer)
         self.deep_fusion = MultiViewCombination(backbone.dims[-1], fusion_d_state, fusion_ssm_ratio, mixer)
+
+    @property
+    def feature_layers(self) -> dict[str, str]:
+        """Names of the backbone's stages, whose maps hold both views in the batch, and the modules they pass."""
+        return {name: f"backbone.{path}" for name, path in self.backbone.feature_layers.items()}
 
     def forward(self, x: Tensor) -> list[Tensor]:
         *finer, last = self.backbone(torch.cat(x.chunk(2, dim=1)))

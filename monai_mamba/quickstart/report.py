@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from monai_mamba.evaluation.report.page import chart, color_of, figure_source, render_page
-from monai_mamba.evaluation.report.volumes import draw_segmentation, load_ras
+from monai_mamba.evaluation.report.volumes import CONVENTION, draw_segmentation, load_ras
 from monai_mamba.evaluation.segmentation import EMPTY_POLICY, Evaluation
 from monai_mamba.quickstart.training_log import Epoch
 
@@ -66,6 +66,7 @@ def render(content: ReportContent) -> str:
         full_length_iterations=content.full_length_iterations,
         total_minutes=sum(content.facts["seconds"].values()) / 60,
         empty_policy=EMPTY_POLICY,
+        convention=CONVENTION,
     )
 
 
@@ -78,12 +79,12 @@ def _pick_cases(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def _draw_overlay(content: ReportContent, case: str, colors: dict[str, str]) -> str:
-    image, spacing = load_ras(content.images / f"{case}_0000.nii.gz")
+    image, grid = load_ras(content.images / f"{case}_0000.nii.gz")
     masks = []
     for folder in (content.references, content.predictions):
         labels, _ = load_ras(folder / f"{case}.nii.gz")
         masks.append({name: np.isin(labels, values) for name, values in content.evaluation.structures.items()})
-    return figure_source(draw_segmentation(image, spacing, masks[0], masks[1], colors), "png")
+    return figure_source(draw_segmentation(image, grid, masks[0], masks[1], colors), "png")
 
 
 def _draw_curves(epochs: Sequence[Epoch], structures: Sequence[str]) -> list[dict[str, str]]:

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from monai.transforms import LoadImaged, ResampleToMatch
 from torch import Tensor
 
 from monai_mamba.errors import DatasetError
@@ -22,8 +21,8 @@ from monai_mamba.evaluation.tables import Predictions
 from monai_mamba.heat_maps import voxel_to_world, world_to_voxel
 from monai_mamba.robustness.perturbations import Perturbation, is_colored, move_label_map, move_points, perturb
 from monai_mamba.training.datalist import PICTURES
+from monai_mamba.training.label_maps import read_reference
 from monai_mamba.training.trained import Trained
-from monai_mamba.training.transforms import CheckLabelMapd
 
 #: Under this key a case that was read holds its reference.
 REFERENCE = "reference"
@@ -118,19 +117,10 @@ class SegmentationTask(Task):
         self.targets = self.targets[1:]  # without the background
         self.metrics, self.primary = ["dice", *(f"dice_{name}" for name in self.targets)], "dice"
         (self._key,) = trained.image_keys
-        self._load = LoadImaged([self._key, "label"], image_only=True, ensure_channel_first=True)
-        self._check = CheckLabelMapd("label", num_classes=len(trained.classes), image_key=self._key)
 
     def read(self, case: Mapping[str, Any]) -> dict[str, Any]:
         read = super().read(case)
-        try:
-            files = self._check(self._load({key: case[key] for key in ("case", self._key, "label")}))
-        except DatasetError:
-            raise
-        except Exception as error:
-            raise DatasetError(f"{case['label']}: cannot be read as a label map: {error}".splitlines()[0]) from error
-        reference = ResampleToMatch(mode="nearest", padding_mode="zeros")(files["label"], read[self._key])
-        read[REFERENCE] = torch.as_tensor(reference).as_subclass(Tensor).round().to(torch.uint8)
+        read[REFERENCE] = read_reference(case, self._key, len(self.trained.classes), read[self._key])
         return read
 
     def change(

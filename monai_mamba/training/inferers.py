@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from monai.inferers import Inferer
+from monai.utils import fall_back_tuple
 from torch import Tensor
 
 
@@ -40,3 +41,19 @@ class FlipInferer(Inferer):
             output = self.inferer(torch.flip(inputs, dims), network, *args, **kwargs)
             total = total + (torch.flip(output, dims) if self.dense else output)
         return total / len(self.copies)
+
+
+def window_size(inferer: Inferer | None, size: Sequence[int]) -> tuple[int, ...]:
+    """Return how much of an input an inferer hands to the network at once.
+
+    Args:
+        inferer: of a bundle; None for the network itself.
+        size: of the input.
+
+    Returns:
+        The window of a sliding window, which can be larger than the input and is filled with zeros then; else ``size``.
+    """
+    while isinstance(inferer, FlipInferer):
+        inferer = inferer.inferer
+    roi = getattr(inferer, "roi_size", None)
+    return tuple(size) if roi is None else tuple(int(n) for n in fall_back_tuple(roi, size))

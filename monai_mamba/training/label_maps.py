@@ -6,15 +6,21 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Container, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
+from monai.transforms import LoadImage, ResampleToMatch
+from PIL import Image
+from torch import Tensor
 
 from monai_mamba.errors import DatasetError, RunError
 from monai_mamba.files import case_file, copy_file, whole_file, write_text
+from monai_mamba.training.datalist import PICTURES
+from monai_mamba.training.transforms import CheckLabelMapd, read_picture
 
 
 def write_label_map(path: os.PathLike[str] | str, label_map: Any) -> None:
@@ -37,6 +43,41 @@ def write_label_map(path: os.PathLike[str] | str, label_map: Any) -> None:
         affine = original  # without the rounding of the way there and back
     with whole_file(path) as temporary:
         write_nifti(temporary, np.asarray(label_map[0].cpu()).astype(np.uint8), affine)
+
+
+def read_reference(case: Mapping[str, Any], image_key: str, num_classes: int, like: Tensor) -> Tensor:
+    """Return the label map of a case on the grid of its image as that was read, ``(1, *spatial)``, uint8.
+
+    Args:
+        case: with the files of the image and of the ``label``.
+        image_key: key of the image.
+        num_classes: values are 0 to ``num_classes - 1``.
+        like: the image as it was read, with its affine if it is a volume; a picture may have been resized.
+
+    Raises:
+        DatasetError: if the file cannot be read, does not lie on the grid of its image, or holds another value.
+    """
+    check = CheckLabelMapd("label", num_classes=num_classes, image_key=image_key)
+    try:
+        if str(case["label"]).lower().endswith(PICTURES):
+            with Image.open(case["label"]) as picture:
+                values = torch.from_numpy(np.array(picture).astype(np.int64))[None]
+            check({"case": case["case"], image_key: read_picture(case[image_key]), "label": values})
+            size = tuple(like.shape[1:])
+            label = torch.nn.functional.interpolate(values[None].float(), size, mode="nearest-exact")[0]
+        else:
+            load = LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True)
+            files: dict[Hashable, Any] = {
+                "case": case["case"],
+                image_key: load(case[image_key]),
+                "label": load(case["label"]),
+            }
+            label = ResampleToMatch(mode="nearest", padding_mode="zeros")(check(files)["label"], like)
+    except DatasetError:
+        raise
+    except Exception as error:
+        raise DatasetError(f"{case['label']}: cannot be read as a label map: {error}".splitlines()[0]) from error
+    return torch.as_tensor(label).as_subclass(Tensor).round().to(torch.uint8)
 
 
 def gather_references(

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from monai_mamba.explain.cams import ActivationMaps, enlarge, map_layers, normalized
-from monai_mamba.networks import MedMamba, NNMambaClassifier, XFMamba
+from monai_mamba.networks import (
+    MedMamba,
+    MedMambaSeg,
+    NNMambaClassifier,
+    NNMambaLandmark,
+    NNMambaSeg,
+    VMambaSeg,
+    XFMamba,
+    XFMambaSeg,
+)
 from tests.blobs import SIZE, draw_blobs
 
 NETWORKS = {
@@ -38,6 +47,68 @@ def test_map_equals_the_definition(name):
     coarse = torch.einsum("bc,bc...->b...", weights, kept["map"]).relu()[:, None]
     torch.testing.assert_close(maps, normalized(enlarge(coarse.detach(), shape[1:])), atol=1e-5, rtol=1e-4)
     assert 0 <= maps.min() <= maps.max() <= 1
+
+
+SMALL_2D = {"depths": [1, 1, 1, 1], "dims": 16, "detail_filters": 4}
+#: Network, size of an image that it pads, layer, factor from the layer's map to the padded image.
+DENSE = {
+    "nnmamba-3d": (
+        lambda: NNMambaSeg(out_channels=3, init_filters=16, num_blocks=2, head="conv1x1"),
+        (1, 20, 33, 24), "stage1", 4,
+    ),
+    "nnmamba-2d": (
+        lambda: NNMambaSeg(spatial_dims=2, out_channels=3, init_filters=16, num_blocks=1, head="conv1x1"),
+        (1, 70, 90), "stage2", 8,
+    ),
+    "landmarks-2d": (
+        lambda: NNMambaLandmark(spatial_dims=2, num_landmarks=3, init_filters=16, num_blocks=1, head="conv1x1"),
+        (1, 70, 90), "stage2", 8,
+    ),
+    "medmamba-2d": (lambda: MedMambaSeg(out_channels=3, **SMALL_2D), (1, 70, 90), "stage2", 8),
+    "vmamba-2d": (lambda: VMambaSeg(out_channels=3, **SMALL_2D), (1, 70, 90), "stage2", 8),
+    "xfmamba-2d": (lambda: XFMambaSeg(out_channels=3, **SMALL_2D), (2, 70, 90), "stage2", 8),
+    "decoder": (lambda: MedMambaSeg(out_channels=3, **SMALL_2D), (1, 70, 90), "decoder", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(DENSE))
+def test_map_of_a_region_equals_the_definition(name):
+    """Seg-Grad-CAM: the gradient of the sum of a class's logits over the region."""
+    make, shape, layer, factor = DENSE[name]
+    torch.manual_seed(0)
+    network, image = make().eval(), torch.randn(shape)
+    explainer = ActivationMaps(network, image, layer="decoder" if layer == "decoder" else None)
+    assert explainer.layer == layer
+    region = torch.zeros(shape[1:], dtype=torch.bool)
+    region[tuple(slice(2, size // 2) for size in shape[1:])] = True
+    kept = {}
+    module = dict(network.named_modules())[map_layers(network)[layer]]
+    handle = module.register_forward_hook(lambda _module, _inputs, output: kept.update(map=output))
+    logits = network(image[None])
+    handle.remove()
+    padded = [size * factor for size in kept["map"].shape[2:]]
+    assert all(fit >= size for fit, size in zip(padded, shape[1:], strict=True)) and padded != list(shape[1:])
+    is_empty = []
+    for index in range(3):
+        (gradient,) = torch.autograd.grad(logits[0, index][region].sum(), kept["map"], retain_graph=True)
+        coarse = torch.einsum("bc,bc...->b...", gradient.flatten(2).mean(2), kept["map"]).relu()[:, None].detach()
+        expected = normalized(enlarge(coarse, padded)[(slice(None), *map(slice, shape[1:]))])
+        maps = explainer(image, index, region)
+        assert len(maps) == (2 if name == "xfmamba-2d" else 1)
+        torch.testing.assert_close(maps, expected, atol=1e-4, rtol=1e-3)
+        is_empty.append(maps.max() == 0)
+        if not is_empty[-1] and layer != "decoder":  # one convolution of size 1 has the same gradient everywhere
+            assert not torch.allclose(explainer(image, index), maps, atol=1e-3)  # all voxels instead
+    assert not all(is_empty)
+
+
+def test_region_must_mark_voxels_of_the_image():
+    network = NNMambaSeg(spatial_dims=2, out_channels=2, init_filters=16, num_blocks=1).eval()
+    image = torch.randn(1, 64, 64)
+    explainer = ActivationMaps(network, image)
+    for region in (torch.zeros(64, 64, dtype=torch.bool), torch.ones(32, 64, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"`region` must mark voxels of the image of \(64, 64\), got a mask of"):
+            explainer(image, 1, region)
 
 
 @pytest.mark.parametrize("method", ["gradcam", "gradcam++"])

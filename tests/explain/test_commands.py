@@ -143,6 +143,7 @@ def test_bad_input_gives_one_error_and_leaves_nothing(blobs, tmp_path, capsys):
         ["explain", data, "-m", model, "-o", out, "--target", "cat"], 2, "`target` must be one of empty, blob", capsys
     )
     fails(["explain", data, "-m", model, "-o", out, "--case", "x"], 2, "names the case x", capsys)
+    fails(["explain", data, "-m", model, "-o", out, "--region", "all"], 2, "belongs to label maps and", capsys)
     fails(["robustness", data, "-m", model, "-o", out, "-p", "fog"], 2, "`names` must be out of rotation", capsys)
     fails(["robustness", data / "images", "-m", model, "-o", out], 1, "has no `label`", capsys)
     fails(["robustness", data, "-m", model, "-o", out, "-p", "color_temperature"], 1, "all images are gray", capsys)
@@ -154,11 +155,7 @@ def test_bad_input_gives_one_error_and_leaves_nothing(blobs, tmp_path, capsys):
     assert [f.name for f in out.iterdir()] == ["mine.txt"]
 
 
-def test_model_of_another_task_is_refused(blobs, tmp_path, capsys):
-    bundle = shutil.copytree(blobs / "medmamba", tmp_path / "landmarks")
-    config = bundle / "configs" / "inference.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "task": "landmarks"}))
-    fails(["explain", blobs / "data", "-m", bundle, "-o", tmp_path / "out"], 1, "is a model for landmarks", capsys)
+def test_model_for_two_views_needs_two_views(blobs, tmp_path, capsys):
     two = make_trained("xfmamba", tmp_path)
     shutil.copy(blobs / "medmamba" / "models" / "model.json", two / "models" / "model.json")
     fails(["explain", blobs / "data", "-m", two, "-o", tmp_path / "out"], 1, "has no `image1` nor `image2`", capsys)

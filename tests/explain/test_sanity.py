@@ -9,7 +9,7 @@ import torch
 from monai_mamba.explain import sanity
 from monai_mamba.explain.cams import ActivationMaps
 from monai_mamba.explain.embeddings import project
-from monai_mamba.explain.run import pick_cases
+from monai_mamba.explain.tasks import pick_cases
 from tests.blobs import draw_blobs
 
 
@@ -20,14 +20,12 @@ def positives():
 
 
 def check(network, positives, explainer):
-    def probabilities(images):
+    def score(images):
         with torch.no_grad():
-            return network(torch.stack(list(images))).softmax(1).numpy()
+            return network(torch.stack(list(images))).softmax(1)[:, 1].numpy()
 
-    patients = [str(i) for i in range(len(positives))]
-    return sanity.check_maps(
-        network, probabilities, positives, [1] * len(positives), patients, explainer, num_draws=100
-    )
+    subjects = [sanity.Subject(image, 1, str(number), score) for number, image in enumerate(positives)]
+    return sanity.check_maps(network, subjects, explainer, num_draws=100)
 
 
 def test_honest_maps_pass_both_checks(blob_network, positives):
@@ -48,7 +46,7 @@ class Brightness:
     def __init__(self, *_):
         pass
 
-    def __call__(self, image, class_index):
+    def __call__(self, image, class_index, region):
         return self.sign * image[:1]
 
 

@@ -117,12 +117,12 @@ def test_report_overlay_shows_structures_on_three_planes(html):
     assert all(third.any() for third in np.array_split(either, 3))
 
 
-def test_report_overlay_puts_the_patients_left_on_the_left(html):
-    # Label 1 has the low indices i, and i runs to the patient's left here: so it is on the right of the axial slice.
+def test_report_overlay_puts_the_patients_right_on_the_left(html):
+    # Label 1 has the low indices i, and i runs to the patient's left here: so it is on the left of the axial slice.
     pixels = _first_picture(html)
     axial = pixels[:, : pixels.shape[1] // 3]
     front, back = (np.nonzero(_has_color(axial, color))[0].mean() for color in COLORS[:2])
-    assert front > back
+    assert front < back
 
 
 def test_report_without_epochs_has_no_training_section(html, make_content):

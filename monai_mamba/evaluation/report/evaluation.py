@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +125,7 @@ def render_classification(
         sections.append(_strata(metrics["by"]))
     sections.append(_worst_cases(test))
     if explanations is not None:
-        sections += _explanations(Path(explanations), test)
+        sections += _explanations(Path(explanations), "classification", set(test.case.tolist()))
     if robustness is not None:
         sections.append(_robustness(Path(robustness), metrics["classes"]))
     group = {"case": "cases", "study": "studies", "patient": "patients"}[str(metrics.get("group", "case"))]
@@ -145,6 +145,7 @@ def render_segmentation(
     references: os.PathLike[str] | str,
     images: os.PathLike[str] | str | None,
     labels: Labels,
+    explanations: os.PathLike[str] | str | None = None,
     robustness: os.PathLike[str] | str | None = None,
 ) -> str:
     """Return the report of a segmentation as HTML.
@@ -155,10 +156,10 @@ def render_segmentation(
         predictions, references: folders with the label maps.
         images: folder with ``<case>_0000`` images for the pictures; None for none.
         labels: structures and file ending.
-        robustness: folder that ``monai-mamba robustness`` wrote.
+        explanations, robustness: folders that ``monai-mamba explain`` and ``monai-mamba robustness`` wrote.
 
     Raises:
-        DatasetError: if ``images`` lacks the image of a case that is drawn, or ``robustness`` is about others.
+        DatasetError: if ``images`` lacks the image of a case that is drawn, or one of the folders is about others.
     """
     figures = list(metrics["metrics"])
     structures = Table(
@@ -208,6 +209,8 @@ def render_segmentation(
         sections.append(
             _overlays(order, evaluation, Path(predictions), Path(references), Path(images), labels.file_ending)
         )
+    if explanations is not None:
+        sections += _explanations(Path(explanations), "segmentation", set(evaluation.cases))
     if robustness is not None:
         sections.append(_robustness(Path(robustness), list(evaluation.structures)))
     return _render(
@@ -220,17 +223,20 @@ def render_segmentation(
 
 
 def render_landmarks(
-    metrics: Mapping[str, Any], landmarks: Landmarks, robustness: os.PathLike[str] | str | None = None
+    metrics: Mapping[str, Any],
+    landmarks: Landmarks,
+    explanations: os.PathLike[str] | str | None = None,
+    robustness: os.PathLike[str] | str | None = None,
 ) -> str:
     """Return the report of landmarks as HTML.
 
     Args:
         metrics: content of ``metrics.json``.
         landmarks: what was evaluated.
-        robustness: folder that ``monai-mamba robustness`` wrote.
+        explanations, robustness: folders that ``monai-mamba explain`` and ``monai-mamba robustness`` wrote.
 
     Raises:
-        DatasetError: if ``robustness`` is about other landmarks.
+        DatasetError: if one of the folders is about others.
     """
     errors = landmarks.errors_mm
     by_landmark = Table(
@@ -276,6 +282,8 @@ def render_landmarks(
     if "comparison" in metrics:
         rows = [[metric_name(n), _interval(v, signed=True)] for n, v in metrics["comparison"]["difference"].items()]
         sections.insert(1, Section("Difference to the other model", tables=[Table(["Figure", "this - other"], rows)]))
+    if explanations is not None:
+        sections += _explanations(Path(explanations), "landmarks", set(landmarks.case.tolist()))
     if robustness is not None:
         sections.append(_robustness(Path(robustness), landmarks.names))
     return _render(
@@ -459,19 +467,25 @@ def _worst_cases(test: Predictions) -> Section:
     return Section("Worst cases", tables=[table], notes=["The cases the model was most wrong about, worst first."])
 
 
-def _explanations(folder: Path, test: Predictions) -> list[Section]:
+def _explanations(folder: Path, task: str, cases: Container[str]) -> list[Section]:
     content = _read_json(folder / "explain.json", "monai-mamba explain")
-    known = set(test.case.tolist())
-    shown = [entry for entry in content["pictures"] if entry["case"] in known]
+    explained = str(content.get("task", "classification"))
+    if not explained.endswith(task):  # two views are a classification
+        raise DatasetError(f"{folder}: is about {explained}, not about {task}")
+    shown = [entry for entry in content["pictures"] if entry["case"] in cases]
     if not shown:
-        raise DatasetError(f"{folder}: explains none of the cases of the table of predictions")
+        raise DatasetError(f"{folder}: explains none of the cases that are evaluated")
     gallery = [
         Picture(
             picture_source(folder / entry["file"]), f"Where the network looked, case {entry['case']}", entry["text"]
         )
         for entry in shown
     ]
-    sections = [Section("Where the network looked", text=content["text"], gallery=gallery)]
+    warnings = [
+        f"{name}: found nowhere in {len(missing)} of {content['cases']} cases, hence not shown there."
+        for name, missing in content.get("not_found", {}).items()
+    ]
+    sections = [Section("Where the network looked", text=content["text"], warnings=warnings, gallery=gallery)]
     if content.get("sanity"):
         rows = [
             [check["name"], check["figure"], "passed" if check["passed"] else "not passed"]
@@ -535,7 +549,7 @@ def _structure_comparison(comparison: Mapping[str, Any]) -> Section:
 def _overlays(
     order: Sequence[str], evaluation: Evaluation, predictions: Path, references: Path, images: Path, ending: str
 ) -> Section:
-    from monai_mamba.evaluation.report.volumes import draw_segmentation, load_ras
+    from monai_mamba.evaluation.report.volumes import CONVENTION, draw_segmentation, load_ras
 
     if ending not in (".nii.gz", ".nii"):
         raise DatasetError(f"pictures are drawn of NIfTI images only, the data set has {ending}; leave `images` out")
@@ -547,24 +561,21 @@ def _overlays(
         path = next((p for p in (images / f"{case}_0000{ending}", images / f"{case}{ending}") if p.is_file()), None)
         if path is None:
             raise DatasetError(f"{images}: has no image {case}_0000{ending}")
-        image, spacing = load_ras(path)
+        image, grid = load_ras(path)
         masks = []
         for folder in (references, predictions):
             labels, _ = load_ras(folder / f"{case}{ending}")
             masks.append({name: np.isin(labels, values) for name, values in evaluation.structures.items()})
         if masks[0] and image.shape != next(iter(masks[0].values())).shape:
             raise DatasetError(f"{path}: lies on another grid than the reference of the case")
-        source = figure_source(draw_segmentation(image, spacing, masks[0], masks[1], colors), "png")
+        source = figure_source(draw_segmentation(image, grid, masks[0], masks[1], colors), "png")
         dice = format_number(evaluation.case_dice(case))
         gallery.append(Picture(source, f"Three slices of {case}", f"{case}, mean Dice {dice}"))
     return Section(
         "Worst cases and the best",
         legend=colors,
         gallery=gallery,
-        notes=[
-            "Tint: predicted; line: reference; the slices with the largest reference area. The patient's left is shown "
-            "on the left."
-        ],
+        notes=[f"Tint: predicted; line: reference; the slices with the largest reference area. {CONVENTION}"],
     )
 
 
