@@ -128,6 +128,6 @@ def provenance(device: str) -> dict[str, Any]:
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "threads": os.environ.get("OMP_NUM_THREADS"),
-            "device": device,
+            "device": torch.cuda.get_device_name() if device == "cuda" else device,
         },
     }
