@@ -30,7 +30,10 @@ def explain(
     model: Model,
     output: Output,
     section: SectionName = "test",
-    method: Annotated[str, typer.Option(help="gradcam or gradcam++.")] = "gradcam",
+    method: Annotated[
+        str | None,
+        typer.Option(help="gradcam (default for classes) or gradcam++ (default for label maps, landmarks)."),
+    ] = None,
     layer: Annotated[
         str | None, typer.Option(help="Stage (or decoder) to look at; default: the deepest that is fine enough.")
     ] = None,
@@ -69,10 +72,8 @@ def explain(
             chosen=case or [], num_pictures=pictures, num_checks=checks, limit=limit, batch_size=batch_size, seed=seed,
             device=device, overrides=_overrides(argument), on_progress=on_progress,
         )  # fmt: skip
-    size = " x ".join(map(str, summary["map_size"]))
-    typer.echo(
-        f"{len(summary['pictures'])} pictures of {summary['cases']} cases, {method} of {summary['layer']} ({size})"
-    )
+    layer = f"{summary['method']} of {summary['layer']} ({' x '.join(map(str, summary['map_size']))})"
+    typer.echo(f"{len(summary['pictures'])} pictures of {summary['cases']} cases, {layer}")
     for name, cases in summary["not_found"].items():
         shown = ", ".join(cases[:3]) + (", ..." if len(cases) > 3 else "")
         typer.echo(f"{name}: found nowhere in {len(cases)} of {summary['cases']} cases ({shown})")

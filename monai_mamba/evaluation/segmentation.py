@@ -362,7 +362,7 @@ def evaluate_files(
     dataset_json: os.PathLike[str] | str | None = None,
     patients: os.PathLike[str] | str | None = None,
     compare_with: os.PathLike[str] | str | None = None,
-    images: os.PathLike[str] | str | None = None,
+    images: os.PathLike[str] | str | Mapping[str, str] | None = None,
     tolerance_mm: float = SURFACE_DICE_TOLERANCE_MM,
     num_draws: int = 1000,
     level: float = 0.95,
@@ -381,7 +381,7 @@ def evaluate_files(
         dataset_json: nnU-Net's or the decathlon's description; None looks into both folders and above the references.
         patients: table with the columns ``case`` and ``patient``; None takes every case for a patient.
         compare_with: folder with another model's predictions of the same cases.
-        images: folder with the images ``<case>_0000.nii.gz``, for the pictures of the report.
+        images: folder with the images ``<case>_0000.nii.gz``, or case to file, for the pictures of the report.
         tolerance_mm: of the surface Dice.
         num_draws, level, seed: of the bootstrap.
         report: write ``report.html``.

@@ -24,8 +24,6 @@ from monai_mamba.layers.taps import extract_features
 METHODS: dict[str, Callable[..., Any]] = {"gradcam": GradCAM, "gradcam++": GradCAMpp}
 #: The deepest layer is taken whose map has at least this many pixels along every axis: a map of 2 x 2 says nothing.
 MIN_MAP_SIZE = 4
-#: And this many for networks with a decoder, whose outputs are places.
-MIN_MAP_SIZE_DENSE = 8
 #: Name of the last map of the decoder in `feature_layers`; it is looked at only if it is asked for.
 DECODER = "decoder"
 
@@ -40,8 +38,8 @@ class ActivationMaps:
         image: an input ``(C, *spatial)`` as all the others will be.
         method: ``"gradcam"`` or ``"gradcam++"``.
         layer: name of the layer out of :func:`map_layers`; None takes the deepest stage whose map has ``MIN_MAP_SIZE``
-            pixels a side, or ``MIN_MAP_SIZE_DENSE`` where there is a decoder. The decoder is left to those who ask for
-            it: as in Seg-Grad-CAM's paper, the bottom of the encoder tells more than maps that resemble the prediction.
+            pixels a side. The decoder is left to those who ask for it: as in Seg-Grad-CAM's paper, the bottom of the
+            encoder tells more than maps that resemble the prediction.
 
     Attributes:
         layer: name of the layer.
@@ -68,11 +66,10 @@ class ActivationMaps:
             features = extract_features(network, self._padded(image, _device(network)), names=layers.values())
         sizes = {name: tuple(features[path].shape[2:]) for name, path in layers.items()}
         if layer is None:
-            least = MIN_MAP_SIZE_DENSE if DECODER in layers else MIN_MAP_SIZE
-            fitting = [name for name, size in sizes.items() if name != DECODER and min(size) >= least]
+            fitting = [name for name, size in sizes.items() if name != DECODER and min(size) >= MIN_MAP_SIZE]
             if not fitting:
                 shown = ", ".join(f"{name} {'x'.join(map(str, size))}" for name, size in sizes.items())
-                raise ValueError(f"`image` is too small for a map of {least} pixels a side: {shown}")
+                raise ValueError(f"`image` is too small for a map of {MIN_MAP_SIZE} pixels a side: {shown}")
             layer = fitting[-1]
         self.layer, self.map_size = layer, sizes[layer]
         self.num_views = int(features[layers[layer]].shape[0])

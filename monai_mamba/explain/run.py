@@ -34,7 +34,7 @@ def explain(
     output_dir: os.PathLike[str] | str,
     *,
     section: str = "test",
-    method: str = "gradcam",
+    method: str | None = None,
     layer: str | None = None,
     target: str | None = None,
     region: str = "predicted",
@@ -58,7 +58,8 @@ def explain(
         dataset_dir: folder with a ``datalist.json``, or with pictures or volumes.
         output_dir: new or empty folder.
         section: of the data set.
-        method: ``"gradcam"`` or ``"gradcam++"``.
+        method: ``"gradcam"`` or ``"gradcam++"``; None takes the first for classifiers, the second for label maps and
+            landmarks: for those the mean gradient is often negative in every channel, which makes Grad-CAM empty.
         layer: stage to look at; None takes the deepest whose map is not too coarse.
         target: class, structure or landmark to explain; None takes the predicted class of each case, every structure,
             every landmark.
@@ -90,6 +91,7 @@ def explain(
         AAAI 2020 (Seg-Grad-CAM).
     """
     trained = load_trained(bundle, device=device, overrides=overrides)
+    method = TASKS[trained.task].method if method is None else method
     cases = trained.list_cases(dataset_dir, section, limit)
     task: Task = TASKS[trained.task](trained, cases, target, region)
     names = [str(case["case"]) for case in cases]
@@ -119,9 +121,10 @@ def explain(
                 110,
             )
         size = " x ".join(map(str, maps.map_size))
+        name = ("Seg-" if trained.task == "segmentation" else "") + _METHOD_NAMES[method]
         text = (
-            f"{_METHOD_NAMES[method]} of {maps.layer} ({size}) for the {task.meaning}. Colored is where the layer "
-            "speaks for it; the map is as coarse as the layer, and it is no proof of a finding."
+            f"{name} of {maps.layer} ({size}) for the {task.meaning}. Colored is where the layer speaks for it; the "
+            "map is as coarse as the layer, and it is no proof of a finding."
         )
         summary = {
             "text": f"{text} {CONVENTION}" if first.image.ndim == 4 else text,

@@ -72,19 +72,20 @@ class SanityChecks:
     def as_list(self) -> list[dict[str, object]]:
         """The checks as the report shows them."""
         shuffled, area = self.similarity[1.0], self.deletion
+        maps = f"{self.num_maps} map{'s' if self.num_maps > 1 else ''}"
         return [
             {
                 "name": "Maps depend on the weights",
                 "figure": f"rank correlation with the maps of a shuffled network {shuffled.value:.2f} "
                 f"({shuffled.low:.2f} to {shuffled.high:.2f}), must be within -{MAX_SIMILARITY} and {MAX_SIMILARITY}; "
-                f"{self.num_maps} maps",
+                f"{maps}",
                 "passed": self.depends_on_weights,
             },
             {
                 "name": "Maps show what matters",
                 "figure": f"deletion by the map lowers the area under the curve by {area.value:.3f} "
                 f"({area.low:.3f} to {area.high:.3f}) more than by random maps, must be above 0; "
-                f"{self.num_maps} maps",
+                f"{maps}",
                 "passed": self.shows_what_matters,
             },
         ]

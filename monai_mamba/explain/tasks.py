@@ -72,6 +72,7 @@ class Task(ABC):
         score: name of the score that deletion lowers.
         columns: of ``pictures.csv``.
         num_checks: maps that are checked by default.
+        method: of the maps by default.
         entries: what can be explained; filled by :meth:`predict`.
         missing: target to the cases in which nothing of it was found.
 
@@ -82,6 +83,7 @@ class Task(ABC):
     columns: ClassVar[tuple[str, ...]]
     score: ClassVar[str]
     num_checks: ClassVar[int] = 16
+    method: ClassVar[str] = "gradcam"
 
     def __init__(
         self, trained: Trained, cases: Sequence[dict[str, Any]], names: Sequence[str], target: str | None, region: str
@@ -233,6 +235,7 @@ class _DenseTask(Task):
     """What segmentation and landmarks share: an entry per case and target, windows, marks."""
 
     num_checks = 6
+    method = "gradcam++"
 
     def predict(self, batch_size: int, on_progress: Progress) -> None:
         targets = self._targets()

@@ -80,6 +80,11 @@ def read_reference(case: Mapping[str, Any], image_key: str, num_classes: int, li
     return torch.as_tensor(label).as_subclass(Tensor).round().to(torch.uint8)
 
 
+def image_files(cases: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return case to image file, of several channels the first, for the pictures of a report."""
+    return {str(case["case"]): case["image"] if isinstance(case["image"], str) else case["image"][0] for case in cases}
+
+
 def gather_references(
     cases: Sequence[dict[str, Any]],
     structures: Sequence[str],

@@ -225,6 +225,9 @@ def check_landmarks(bundle: Path, metrics: dict) -> None:
 
 def check_segmentation(bundle: Path, metrics: dict) -> None:
     assert set(metrics["per_structure"]) == {"anterior", "posterior"}
+    report = (bundle / "eval" / "report.html").read_text()
+    assert "Worst cases and the best" in report
+    assert report.count("Three slices of") == min(metrics["cases"], 4)
     predictions = sorted((bundle / "predictions").glob("*.nii.gz"))
     assert len(predictions) == 8
     for path in predictions:

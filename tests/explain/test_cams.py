@@ -54,19 +54,19 @@ SMALL_2D = {"depths": [1, 1, 1, 1], "dims": 16, "detail_filters": 4}
 DENSE = {
     "nnmamba-3d": (
         lambda: NNMambaSeg(out_channels=3, init_filters=16, num_blocks=2, head="conv1x1"),
-        (1, 20, 33, 24), "stage1", 4,
+        (1, 20, 33, 24), "stage2", 8,
     ),
     "nnmamba-2d": (
         lambda: NNMambaSeg(spatial_dims=2, out_channels=3, init_filters=16, num_blocks=1, head="conv1x1"),
-        (1, 70, 90), "stage2", 8,
+        (1, 70, 90), "stage3", 16,
     ),
     "landmarks-2d": (
         lambda: NNMambaLandmark(spatial_dims=2, num_landmarks=3, init_filters=16, num_blocks=1, head="conv1x1"),
-        (1, 70, 90), "stage2", 8,
+        (1, 70, 90), "stage3", 16,
     ),
-    "medmamba-2d": (lambda: MedMambaSeg(out_channels=3, **SMALL_2D), (1, 70, 90), "stage2", 8),
-    "vmamba-2d": (lambda: VMambaSeg(out_channels=3, **SMALL_2D), (1, 70, 90), "stage2", 8),
-    "xfmamba-2d": (lambda: XFMambaSeg(out_channels=3, **SMALL_2D), (2, 70, 90), "stage2", 8),
+    "medmamba-2d": (lambda: MedMambaSeg(out_channels=3, **SMALL_2D), (1, 70, 90), "stage3", 16),
+    "vmamba-2d": (lambda: VMambaSeg(out_channels=3, **SMALL_2D), (1, 70, 90), "stage3", 16),
+    "xfmamba-2d": (lambda: XFMambaSeg(out_channels=3, **SMALL_2D), (2, 70, 90), "stage3", 16),
     "decoder": (lambda: MedMambaSeg(out_channels=3, **SMALL_2D), (1, 70, 90), "decoder", 1),
 }  # fmt: skip
 

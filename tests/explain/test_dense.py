@@ -105,7 +105,7 @@ def test_structures_are_explained_and_what_is_found_nowhere_is_counted(segmentat
     arguments = ["explain", str(data), "-m", str(bundle), "-o", str(tmp_path / "out"), "--layer", "stage1"]
     assert main([*arguments, "--checks", "0"]) == 0
     said = capsys.readouterr().out
-    assert "2 pictures of 2 cases, gradcam of stage1 (8 x 8 x 8)" in said
+    assert "2 pictures of 2 cases, gradcam++ of stage1 (8 x 8 x 8)" in said
     assert "posterior: found nowhere in 2 of 2 cases (c0, c1)" in said
     summary = json.loads((tmp_path / "out" / "explain.json").read_text())
     assert (summary["task"], summary["classes"]) == ("segmentation", NAMES)
@@ -175,10 +175,10 @@ def test_score_of_a_structure_is_its_mean_probability_in_the_region(segmentation
 
 def test_landmarks_are_explained_around_the_place_that_was_found(landmarks, tmp_path, capsys):
     data, bundle = landmarks / "data", landmarks / "nnmamba_landmark"
-    arguments = ["explain", str(data), "-m", str(bundle), "-o", str(tmp_path / "out"), "--method", "gradcam++"]
+    arguments = ["explain", str(data), "-m", str(bundle), "-o", str(tmp_path / "out"), "--method", "gradcam"]
     assert main([*arguments, "--checks", "0", "--layer", "stage1"]) == 0
     said = capsys.readouterr().out
-    assert "4 pictures of 2 cases, gradcam++ of stage1 (8 x 8 x 8)" in said
+    assert "4 pictures of 2 cases, gradcam of stage1 (8 x 8 x 8)" in said
     assert "posterior center: found nowhere in 2 of 2 cases" in said
     rows = {(row["case"], row["target"]): row for row in rows_of(tmp_path / "out" / "pictures.csv")}
     assert rows["c1", "border center"]["error_mm"] == ""  # it has no reference
@@ -283,8 +283,8 @@ def pictures_of_blobs(tmp_path_factory):
 
 def test_pictures_are_explained_and_their_maps_pass_the_checks(pictures_of_blobs, tmp_path):
     folder, center = pictures_of_blobs
-    summary = explain(folder / "bundle", folder / "data", tmp_path / "out", device="cpu", layer="stage2")
-    assert summary["map_size"] == [4, 4]
+    summary = explain(folder / "bundle", folder / "data", tmp_path / "out", device="cpu")
+    assert (summary["method"], summary["layer"], summary["map_size"]) == ("gradcam++", "stage2", [4, 4])
     assert set(summary["not_found"].get("blob", [])) >= {"c0", "c2", "c4"}  # there is none
     assert [check["passed"] for check in summary["sanity"]] == [True, True]
     assert "patient's right" not in summary["text"]

@@ -105,7 +105,11 @@ def draw_cases(values: Mapping[str, np.ndarray], label: str) -> Figure:
     figure, panel = chart(5.2, 1.4 + 0.45 * len(values), xlabel=label)
     kept = {name: v[~np.isnan(v)] for name, v in values.items()}
     positions = np.arange(len(kept), 0, -1)
-    panel.boxplot(list(kept.values()), positions=positions, vert=False, showfliers=False, widths=0.55)
+    panel.boxplot(
+        list(kept.values()), positions=positions, vert=False, showfliers=False, widths=0.55,
+        boxprops={"color": "0.45"}, whiskerprops={"color": "0.45"}, capprops={"color": "0.45"},
+        medianprops={"color": "0.15", "linewidth": 2},
+    )  # fmt: skip
     # Points get a fixed spread, so that equal runs give equal pictures.
     for index, (position, points) in enumerate(zip(positions, kept.values(), strict=True)):
         spread = np.linspace(-0.18, 0.18, len(points)) if len(points) > 1 else np.zeros(len(points))

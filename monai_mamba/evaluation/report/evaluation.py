@@ -75,7 +75,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report, top down: warnings, text, charts, wide charts, legend, gallery, tables, notes."""
+    """A part of the report, top down: warnings, text, charts, wide charts, legend, pictures, tables, notes.
+
+    A gallery puts pictures side by side; pictures of three planes get the whole width and scroll sideways on a phone.
+    """
 
     title: str
     text: str = ""
@@ -84,6 +87,7 @@ class Section:
     wide: Sequence[Picture] = ()
     legend: Mapping[str, str] = field(default_factory=dict)
     gallery: Sequence[Picture] = ()
+    planes: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
     more: Table | None = None
     more_title: str = ""
@@ -143,7 +147,7 @@ def render_segmentation(
     evaluation: Evaluation,
     predictions: os.PathLike[str] | str,
     references: os.PathLike[str] | str,
-    images: os.PathLike[str] | str | None,
+    images: os.PathLike[str] | str | Mapping[str, str] | None,
     labels: Labels,
     explanations: os.PathLike[str] | str | None = None,
     robustness: os.PathLike[str] | str | None = None,
@@ -154,7 +158,7 @@ def render_segmentation(
         metrics: content of ``metrics.json``.
         evaluation: scores of all cases.
         predictions, references: folders with the label maps.
-        images: folder with ``<case>_0000`` images for the pictures; None for none.
+        images: folder with ``<case>_0000`` images for the pictures, or case to file; None for none.
         labels: structures and file ending.
         explanations, robustness: folders that ``monai-mamba explain`` and ``monai-mamba robustness`` wrote.
 
@@ -165,7 +169,7 @@ def render_segmentation(
     structures = Table(
         ["Structure", *(NAMES[name] for name in figures), "cases"],
         [
-            [name, *(_interval(row[figure]) for figure in figures), str(int((~np.isnan(dice)).sum()))]
+            [name, *(_interval(row[figure], _digits(figure)) for figure in figures), str(int((~np.isnan(dice)).sum()))]
             for (name, row), dice in zip(metrics["per_structure"].items(), evaluation.array("dice").T, strict=True)
         ],
     )
@@ -173,7 +177,7 @@ def render_segmentation(
     drawn = [
         _chart(
             charts.draw_cases(dict(zip(evaluation.structures, array.T, strict=True)), NAMES[figure]),
-            f"{NAMES[figure]} of every case",
+            f"{upper_first(NAMES[figure])} of every case",
         )
         for figure, array in arrays.items()
     ]
@@ -181,7 +185,7 @@ def render_segmentation(
     every = Table(
         ["Case", "Structure", *(NAMES[figure] for figure in figures)],
         [
-            [case, name, *(format_number(getattr(score, figure), 2 if "mm" in figure else 3) for figure in figures)]
+            [case, name, *(format_number(getattr(score, figure), _digits(figure)) for figure in figures)]
             for case in order
             for name, score in evaluation.cases[case].items()
         ],
@@ -206,9 +210,7 @@ def render_segmentation(
     if "comparison" in metrics:
         sections.insert(1, _structure_comparison(metrics["comparison"]))
     if images is not None:
-        sections.append(
-            _overlays(order, evaluation, Path(predictions), Path(references), Path(images), labels.file_ending)
-        )
+        sections.append(_overlays(order, evaluation, Path(predictions), Path(references), images, labels.file_ending))
     if explanations is not None:
         sections += _explanations(Path(explanations), "segmentation", set(evaluation.cases))
     if robustness is not None:
@@ -216,7 +218,7 @@ def render_segmentation(
     return _render(
         f"Segmentation: {', '.join(list(evaluation.structures)[:4])}",
         f"{metrics['cases']} cases of {metrics['patients']} patients, {len(evaluation.structures)} structures.",
-        [_card(f"mean {NAMES[name]}", value) for name, value in metrics["metrics"].items()],
+        [_card(f"mean {NAMES[name]}", value, _digits(name)) for name, value in metrics["metrics"].items()],
         sections,
         metrics,
     )
@@ -252,7 +254,7 @@ def render_landmarks(
     )
     rates = Table(
         ["Figure", "all landmarks"],
-        [[metric_name(name), _interval(value)] for name, value in metrics["metrics"].items()],
+        [[metric_name(name), _interval(value, _digits(name))] for name, value in metrics["metrics"].items()],
     )
     sections = [
         Section(
@@ -485,7 +487,9 @@ def _explanations(folder: Path, task: str, cases: Container[str]) -> list[Sectio
         f"{name}: found nowhere in {len(missing)} of {content['cases']} cases, hence not shown there."
         for name, missing in content.get("not_found", {}).items()
     ]
-    sections = [Section("Where the network looked", text=content["text"], warnings=warnings, gallery=gallery)]
+    place = "planes" if len(content["map_size"]) == 3 else "gallery"
+    shown_there: dict[str, Any] = {place: gallery}
+    sections = [Section("Where the network looked", text=content["text"], warnings=warnings, **shown_there)]
     if content.get("sanity"):
         rows = [
             [check["name"], check["figure"], "passed" if check["passed"] else "not passed"]
@@ -536,7 +540,7 @@ def _robustness(folder: Path, targets: Sequence[str]) -> Section:
 def _structure_comparison(comparison: Mapping[str, Any]) -> Section:
     figures = list(comparison["difference"])
     rows = [
-        [name, *(_interval(row[figure], signed=True) for figure in figures)]
+        [name, *(_interval(row[figure], _digits(figure), signed=True) for figure in figures)]
         for name, row in (("mean", comparison["difference"]), *comparison["per_structure"].items())
     ]
     return Section(
@@ -547,7 +551,12 @@ def _structure_comparison(comparison: Mapping[str, Any]) -> Section:
 
 
 def _overlays(
-    order: Sequence[str], evaluation: Evaluation, predictions: Path, references: Path, images: Path, ending: str
+    order: Sequence[str],
+    evaluation: Evaluation,
+    predictions: Path,
+    references: Path,
+    images: os.PathLike[str] | str | Mapping[str, str],
+    ending: str,
 ) -> Section:
     from monai_mamba.evaluation.report.volumes import CONVENTION, draw_segmentation, load_ras
 
@@ -558,9 +567,7 @@ def _overlays(
     shown = list(dict.fromkeys([*order[: NUM_PICTURES - 1], order[-1]]))
     gallery = []
     for case in shown:
-        path = next((p for p in (images / f"{case}_0000{ending}", images / f"{case}{ending}") if p.is_file()), None)
-        if path is None:
-            raise DatasetError(f"{images}: has no image {case}_0000{ending}")
+        path = _image_of(case, images, ending)
         image, grid = load_ras(path)
         masks = []
         for folder in (references, predictions):
@@ -570,13 +577,24 @@ def _overlays(
             raise DatasetError(f"{path}: lies on another grid than the reference of the case")
         source = figure_source(draw_segmentation(image, grid, masks[0], masks[1], colors), "png")
         dice = format_number(evaluation.case_dice(case))
-        gallery.append(Picture(source, f"Three slices of {case}", f"{case}, mean Dice {dice}"))
+        best = ", the best" if case == order[-1] and len(order) > 1 else ""
+        gallery.append(Picture(source, f"Three slices of {case}", f"{case}, mean Dice {dice}{best}"))
     return Section(
         "Worst cases and the best",
         legend=colors,
-        gallery=gallery,
+        planes=gallery,
         notes=[f"Tint: predicted; line: reference; the slices with the largest reference area. {CONVENTION}"],
     )
+
+
+def _image_of(case: str, images: os.PathLike[str] | str | Mapping[str, str], ending: str) -> Path:
+    if isinstance(images, Mapping):
+        return Path(images[case])
+    folder = Path(images)
+    for name in (f"{case}_0000{ending}", f"{case}{ending}"):
+        if (folder / name).is_file():
+            return folder / name
+    raise DatasetError(f"{folder}: has no image {case}_0000{ending}")
 
 
 def _severities(name: str, entry: Mapping[str, Any]) -> str:
@@ -620,6 +638,10 @@ def _range(interval: Mapping[str, float], digits: int) -> str:
     if interval["low"] is None or interval["low"] != interval["low"]:
         return ""
     return f"{format_number(interval['low'], digits)} to {format_number(interval['high'], digits)}"
+
+
+def _digits(figure: str) -> int:
+    return 2 if figure.endswith("_mm") else 3
 
 
 def metric_name(name: str) -> str:
