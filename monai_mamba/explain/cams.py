@@ -55,11 +55,7 @@ class ActivationMaps:
     """
 
     def __init__(self, network: nn.Module, image: Tensor, method: str = "gradcam", layer: str | None = None) -> None:
-        if method not in METHODS:
-            raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
-        layers = map_layers(network)
-        if layer is not None and layer not in layers:
-            raise ValueError(f"`layer` must be one of {', '.join(layers)}, got {layer!r}")
+        layers = check_choice(network, method, layer)
         # Networks that pad do it before their first layer: done here, maps and image keep one frame.
         self._multiple = int(getattr(network, "size_multiple", 1))
         with torch.no_grad():
@@ -115,6 +111,20 @@ class ActivationMaps:
         missing = [-size % self._multiple for size in region.shape]
         widths = [width for size in reversed(missing) for width in (0, size)]
         return nn.functional.pad(region.to(device, torch.float32), widths)
+
+
+def check_choice(network: nn.Module, method: str, layer: str | None) -> dict[str, str]:
+    """Return :func:`map_layers` of a network; refuse a method or layer that there is not.
+
+    Raises:
+        ValueError: naming what there is.
+    """
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
+    layers = map_layers(network)
+    if layer is not None and layer not in layers:
+        raise ValueError(f"`layer` must be one of {', '.join(layers)}, got {layer!r}")
+    return layers
 
 
 def map_layers(network: nn.Module) -> dict[str, str]:

@@ -17,7 +17,7 @@ from monai_mamba.errors import DatasetError
 from monai_mamba.evaluation.report.volumes import CONVENTION
 from monai_mamba.evaluation.results import provenance, write_figure, write_results
 from monai_mamba.explain import pictures
-from monai_mamba.explain.cams import ActivationMaps
+from monai_mamba.explain.cams import ActivationMaps, check_choice
 from monai_mamba.explain.embeddings import MIN_CASES, project
 from monai_mamba.explain.sanity import DELETED_SHARES, SanityChecks, check_maps
 from monai_mamba.explain.tasks import TASKS, ClassificationTask, Progress, Task
@@ -92,6 +92,7 @@ def explain(
     """
     trained = load_trained(bundle, device=device, overrides=overrides)
     method = TASKS[trained.task].method if method is None else method
+    check_choice(trained.network, method, layer)  # before the predictions, which take long
     cases = trained.list_cases(dataset_dir, section, limit)
     task: Task = TASKS[trained.task](trained, cases, target, region)
     names = [str(case["case"]) for case in cases]

@@ -157,6 +157,10 @@ def list_inputs(dataset_dir: os.PathLike[str] | str, section: str = "test") -> l
         DatasetError: if there is nothing to predict.
     """
     folder = Path(dataset_dir)
+    if folder.is_file():
+        raise DatasetError(
+            f"{folder}: is a file; `dataset_dir` must be a folder with a {MANIFEST}, pictures or volumes"
+        )
     if (folder / MANIFEST).is_file():
         return load_cases(folder, section)
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name.lower().endswith((*PICTURES, *VOLUMES)))

@@ -142,6 +142,9 @@ def test_bad_input_gives_one_error_and_leaves_nothing(blobs, tmp_path, capsys):
     fails(
         ["explain", data, "-m", model, "-o", out, "--target", "cat"], 2, "`target` must be one of empty, blob", capsys
     )
+    picture = next((data / "images").iterdir())
+    fails(["explain", picture, "-m", model, "-o", out], 1, "is a file; `dataset_dir` must be a folder", capsys)
+    fails(["explain", data, "-m", model, "-o", out, "--layer", "decoder"], 2, "one of stage1, stage2, got", capsys)
     fails(["explain", data, "-m", model, "-o", out, "--case", "x"], 2, "names the case x", capsys)
     fails(["explain", data, "-m", model, "-o", out, "--region", "all"], 2, "belongs to label maps and", capsys)
     fails(["robustness", data, "-m", model, "-o", out, "-p", "fog"], 2, "`names` must be out of rotation", capsys)
