@@ -59,7 +59,7 @@ def explain(
         output_dir: new or empty folder.
         section: of the data set.
         method: ``"gradcam"`` or ``"gradcam++"``; None takes the first for classifiers, the second for label maps and
-            landmarks: for those the mean gradient is often negative in every channel, which makes Grad-CAM empty.
+            landmarks, because a Grad-CAM is empty where the mean gradient is negative in every channel.
         layer: stage to look at; None takes the deepest whose map is not too coarse.
         target: class, structure or landmark to explain; None takes the predicted class of each case, every structure,
             every landmark.

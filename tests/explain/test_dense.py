@@ -9,16 +9,19 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.transforms import LoadImage
 from PIL import Image
 
 from monai_mamba.cli.main import main
+from monai_mamba.errors import DatasetError
 from monai_mamba.evaluation.report.volumes import Grid
 from monai_mamba.explain import pictures
 from monai_mamba.explain.cams import ActivationMaps
 from monai_mamba.explain.run import explain
-from monai_mamba.explain.tasks import LANDMARK_REACH_VOX, LandmarkTask, SegmentationTask
+from monai_mamba.explain.tasks import LANDMARK_REACH_VOX, LandmarkTask, SegmentationTask, _grid
 from monai_mamba.heat_maps import world_to_voxel
 from monai_mamba.networks import NNMambaSeg
+from monai_mamba.training.label_maps import read_reference
 from monai_mamba.training.trained import load_trained
 from tests.blobs import SIZE, draw_blobs
 from tests.html_reader import check_self_contained
@@ -306,3 +309,42 @@ def test_pictures_are_explained_and_their_maps_pass_the_checks(pictures_of_blobs
     (folder / "data" / "label1.png").write_bytes(b"")
     with pytest.raises(Exception, match=r"label1.png: cannot be read as a label map"):
         explain(folder / "bundle", folder / "data", tmp_path / "other", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        (np.zeros((SIZE, SIZE - 1), np.uint8), "has \\(32, 31\\) voxels, its image \\(32, 32\\)"),
+        (np.full((SIZE, SIZE), 9, np.uint8), "holds the value 9; the data list names 0 to 1"),
+    ],
+    ids=["size", "value"],
+)
+def test_picture_whose_label_map_does_not_fit_is_refused(tmp_path, label, reason):
+    Image.fromarray(np.zeros((SIZE, SIZE), np.uint8)).save(tmp_path / "image.png")
+    Image.fromarray(label).save(tmp_path / "label.png")
+    case = {"case": "c", "image": str(tmp_path / "image.png"), "label": str(tmp_path / "label.png")}
+    with pytest.raises(DatasetError, match=f"case c: .*{reason}"):
+        read_reference(case, "image", 2, torch.zeros(1, SIZE, SIZE))
+
+
+def test_label_map_of_a_resized_picture_is_resized(tmp_path):
+    values = np.zeros((20, 40), np.uint8)
+    values[:10, 30:] = 1
+    for name in ("image", "label"):
+        Image.fromarray(values).save(tmp_path / f"{name}.png")
+    case = {"case": "c", "image": str(tmp_path / "image.png"), "label": str(tmp_path / "label.png")}
+    reference = read_reference(case, "image", 2, torch.zeros(3, 16, 16))
+    expected = torch.zeros(1, 16, 16, dtype=torch.uint8)
+    expected[:, :8, 12:] = 1
+    assert torch.equal(reference, expected)
+
+
+@pytest.mark.parametrize("has_sides", [True, False])
+def test_volume_that_does_not_know_its_sides_is_not_turned(tmp_path, has_sides):
+    image, _, affine = phantom("LPS")
+    nib.save(nib.Nifti1Image(image, affine if has_sides else None), tmp_path / "image.nii.gz")
+    read = LoadImage(image_only=True, ensure_channel_first=True)(tmp_path / "image.nii.gz")
+    grid = _grid(read, {"image": read})
+    assert grid.has_sides is has_sides
+    turned = grid.turn(image)
+    np.testing.assert_array_equal(turned, image[::-1, ::-1] if has_sides else image)
