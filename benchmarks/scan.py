@@ -102,11 +102,15 @@ class Clock:
         return 1e3 * (time.perf_counter() - start)
 
     def measure(self, function: Callable[[], object], seconds: float | None = None) -> dict[str, float]:
-        """Minimum, median and number of as many calls as fit the seconds, but at least two after a first one."""
+        """Minimum, median and number of as many calls as fit the seconds, but at least four after a first one.
+
+        Two for ``seconds=0``: of the loops, which take long.
+        """
         self.once(function)
         times: list[float] = []
         end = time.perf_counter() + (self.seconds if seconds is None else seconds)
-        while len(times) < 2 or (time.perf_counter() < end and len(times) < 1000):
+        least = 2 if seconds == 0 else 4  # large outputs are new memory, the price of which varies
+        while len(times) < least or (time.perf_counter() < end and len(times) < 1000):
             times.append(self.once(function))
         return {"ms": min(times), "median_ms": sorted(times)[len(times) // 2], "calls": len(times)}
 
@@ -271,6 +275,10 @@ def scan_row(
         row["inference_extra_mb_above_output"] = (extra - output) / 1e6
         kept = clock.extra_bytes(lambda: backend.scan_forward(*values, True, True))
         row["training_extra_above_output_per_u"] = (kept - output) / size
+        row["states_per_u"] = 4 * outcome[1].numel() / size
+        made = sum(4 * v.numel() for v in values if v is not None)  # one gradient for each
+        used = clock.extra_bytes(lambda: backend.scan_backward(*outcome, *values, True))
+        row["backward_extra_mb_above_gradients"] = (used - made) / 1e6
     if loops and shape.updates <= _LOOP_UPDATES:
         published = channels_first(values)
         row["loop_per_forward"] = clock.measure(lambda: sequential_loop(*published), 0)["ms"] / forward["ms"]
@@ -349,15 +357,28 @@ def thread_rows(clock: Clock) -> list[dict]:
     for name, shape in SHAPES.items():
         if not 1e7 <= shape.updates <= 3e8:
             continue
-        values, times = inputs(shape), {1: [], 2: []}
-        end = time.perf_counter() + 2 * clock.seconds
-        while len(times[2]) < 3 or time.perf_counter() < end:
-            for threads in times:
-                torch.set_num_threads(threads)
-                times[threads].append(clock.once(lambda v=values: backend.scan_forward(*v, True, False)))
-        torch.set_num_threads(1)
-        row = {"shape": name, "one_ms": min(times[1]), "two_ms": min(times[2]), "calls": len(times[2])}
-        rows.append({**row, "one_per_two": row["one_ms"] / row["two_ms"]})
+        values, row = inputs(shape), {"shape": name}
+        outcome = backend.scan_forward(*values, True, True)
+        calls: dict[str, Callable[[], object]] = {
+            "": lambda v=values: backend.scan_forward(*v, True, False),
+            "backward_": lambda o=outcome, v=values: backend.scan_backward(*o, *v, True),
+        }
+        for part, call in calls.items():
+            times: dict[int, list[float]] = {1: [], 2: []}
+            end = time.perf_counter() + 2 * clock.seconds
+            while len(times[2]) < 3 or time.perf_counter() < end:
+                for threads in times:
+                    torch.set_num_threads(threads)
+                    times[threads].append(clock.once(call))
+            torch.set_num_threads(1)
+            one, two = min(times[1]), min(times[2])
+            row |= {
+                f"{part}one_ms": one,
+                f"{part}two_ms": two,
+                f"{part}calls": len(times[2]),
+                f"{part}one_per_two": one / two,
+            }
+        rows.append(row)
         print(rows[-1], flush=True)
     return rows
 

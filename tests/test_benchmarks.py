@@ -40,9 +40,12 @@ def test_scan_benchmark_writes_every_table_and_puts_parts_together(scan, monkeyp
     first = run(scan, monkeypatch, tmp_path / "r", "--device", "cpu", "--tables", "scan", "--variants", "baseline")
     (row,) = first["tables"]["cpu scan"]
     assert row["variant"] == "baseline" and row["forward_ms"] > 0 and row["forward_error"] <= 5e-7
-    result = run(scan, monkeypatch, tmp_path / "r", "--device", "cpu", "--tables", "ss2d", "conv")
+    result = run(scan, monkeypatch, tmp_path / "r", "--device", "cpu", "--tables", "ss2d", "conv", "calls")
     assert len(result["tables"]["cpu scan"]) == 1
-    assert {"cpu limits", "cpu scan", "cpu ss2d", "cpu conv"} <= result["tables"].keys()
+    assert {"cpu limits", "cpu scan", "cpu ss2d", "cpu conv", "cpu calls"} <= result["tables"].keys()
+    assert [row["operator"] for row in result["tables"]["cpu calls"]][-1] == "layer_norm"
+    for row in result["tables"]["cpu calls"][:-1]:
+        assert 0 < row["kernel_us"] < row["inference_us"] < row["training_us"]
     assert len(result["commands"]) == 2
     text = (tmp_path / "r.md").read_text()
     assert "## cpu conv" in text and "small" in text

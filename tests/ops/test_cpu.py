@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import re
 import subprocess
@@ -382,20 +383,45 @@ def test_instruction_set_follows_the_environment_variable():
         assert expected in out.stdout and name in out.stdout
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for the Linux way")
-def test_large_outputs_ask_for_huge_pages():
-    if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
-        pytest.skip("this kernel has no transparent huge pages")
-    u = torch.zeros(1, 2**15, 320)  # 42 MB: from 32 MB on, memory is new at every call
-    matrix, rates = torch.ones(1, 2**15, 1), -torch.ones(320, 1)
-    y = selective_scan(u, u, rates, matrix, matrix, channels_last=True, backend="cpu")
-    middle = y.data_ptr() + 4 * y.numel() // 2
+def is_in_huge_pages(address):
+    """Whether pages of 2 MB have been asked for at an address."""
+    if sys.platform != "linux" or not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        pytest.skip("no transparent huge pages here")
     for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M)[1:]:
         begin, end = (int(bound, 16) for bound in mapping.split(" ", 1)[0].split("-"))
-        if begin <= middle < end:
-            assert " hg" in mapping[mapping.index("VmFlags") :]
-            return
-    raise AssertionError("the output lies in no mapping")
+        if begin <= address < end:
+            return " hg" in mapping[mapping.index("VmFlags") :]
+    raise AssertionError("the address lies in no mapping")
+
+
+def large_scan():
+    """Arguments of a scan with an output of 42 MB: from 32 MB on, memory is new at every call."""
+    u = torch.zeros(1, 2**15, 320)
+    matrix, rates = torch.ones(1, 2**15, 1, 1), -torch.ones(320, 1)
+    return u, u, rates, matrix, matrix
+
+
+def test_large_outputs_ask_for_huge_pages():
+    y = selective_scan(*large_scan(), channels_last=True, backend="cpu")
+    assert is_in_huge_pages(y.data_ptr() + 2 * y.numel())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a heap as Linux has it")
+def test_large_outputs_out_of_the_heap_do_not():
+    """The heap would keep the large pages, and small arrays in it would take 2 MB each."""
+    libc, size = ctypes.CDLL(None), 48 << 20
+    libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, (ctypes.c_ssize_t,)
+    begin = libc.sbrk(size)
+    u, delta, A, B, C = large_scan()
+    try:
+        memory = torch.frombuffer((ctypes.c_char * size).from_address(begin), dtype=torch.float32)
+        y = memory[: u.numel()].view(u.shape)
+        y.fill_(1)
+        cpu._run("scan_forward", cpu._sequence_job(u, delta, A, B, C, None, None, None, False, None, y))
+        assert (y == 0).all()
+        assert not is_in_huge_pages(begin + size // 2)
+    finally:
+        libc.madvise(ctypes.c_void_p(-(-begin // 4096) * 4096), ctypes.c_size_t(size - 4096), 4)  # gives the pages back
 
 
 def test_subnormal_numbers_survive_in_the_calling_thread():
@@ -464,3 +490,34 @@ def test_map_slices_of_projections_need_no_copy_and_match(variant, size, monkeyp
     assert all(cpu._even(slices[k]) is slices[k] for k in wide)
     monkeypatch.undo()
     assert torch.equal(ss2d_scan(**slices, routes=("column",), backend="cpu"), expected)
+
+
+def resident(name):
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read the Linux way")
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(("batch", "length", "channels"), [(1, 8192, 256), (48, 64, 512)], ids=["long", "batch"])
+def test_backward_needs_little_memory_beyond_the_gradients(threads, batch, length, channels, num_threads):
+    """Sums of B and C over parts of the channels, and of A over the batch, are added up as the pass goes on.
+
+    Kept to the end they would take 2 MB for the long sequence and 1.8 MB for the large batch.
+    """
+    values = scan_inputs(batch, length, channels)
+    values = [None if v is None else v.float() for v in values.values()]
+    backend = get_backend("cpu")
+    y, states = backend.scan_forward(*values, True, True)
+    threads(num_threads)
+    backend.scan_backward(y, states, *values, True)  # threads take memory of their own for the first time
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
+    except OSError as error:
+        pytest.skip(f"the peak of resident memory cannot be reset: {error}")
+    before = resident("VmRSS")
+    found = backend.scan_backward(y, states, *values, True)
+    extra = resident("VmHWM") - before - sum(g.numel() * g.element_size() for g in found if g is not None)
+    assert extra < (1 << 20)

@@ -53,19 +53,14 @@ typedef struct {
     float rest[] __attribute__((aligned(64)));
 } backward_scratch;
 
-/* Of a block: rates, gradient of the state and of A (N, 16); D, bias, their gradients, [0]: the largest rate (16). */
-static size_t backward_block_floats(int64_t padded) { return (size_t)((5 + 3 * padded) * MM_BLOCK); }
-
 /* Sums for the gradients of B and C in a chunk, the lanes not yet added up: for two states together (N / 2, 64, LANES), in
  * every quarter of four lanes B, B, C, C; for a single state B (64, LANES), then C. */
 static int64_t backward_sums_floats(int64_t padded) { return MM_CHUNK * LANES * (padded == 1 ? 2 : padded / 2); }
 
 /* Beside what blocks keep: the state (N, 16), tiles of B and C (64, N), sums. */
 static size_t scan_backward_scratch(const mm_scan_job *job, const mm_partials *partials) {
-    int64_t N = mm_padded_states(job->d_state);
-    int64_t blocks = partials->bundle * mm_ceil(mm_ceil(job->channels, MM_BLOCK), partials->parts);
-    int64_t beside = N * MM_BLOCK + 2 * MM_CHUNK * N + backward_sums_floats(N);
-    return sizeof(backward_scratch) + (size_t)(blocks * (int64_t)backward_block_floats(N) + beside) * sizeof(float);
+    int64_t N = mm_padded_states(job->d_state), kept = partials->kept ? 0 : partials->kept_of_item;
+    return sizeof(backward_scratch) + (size_t)(kept + N * MM_BLOCK + 2 * MM_CHUNK * N + backward_sums_floats(N)) * sizeof(float);
 }
 
 /* Work on one block of channels in one chunk; bases are null where there is nothing. */
@@ -313,7 +308,7 @@ INLINE void retreat_single_state(const int softplus_, const int gated, const bac
 
 /* ---- a sequence ---- */
 
-/* A block of channels in a chunk, with everything `backward_block_floats` speaks of in `kept`. */
+/* A block of channels in a chunk, with everything `mm_backward_block` speaks of in `kept`. */
 INLINE void backward_block(const int softplus_, const int gated, const backward_work *w, int64_t N, float *kept,
                            float *state, const float *B, const float *C, float *sums, const look_ahead *ahead,
                            backward_scratch *s) {
@@ -347,50 +342,80 @@ static void backward_block_of(const backward_work *w, int64_t N, float *kept, fl
     }
 }
 
-/* Adds up the lanes of a chunk's sums, and writes the rows of the gradients of B and C. */
-static void write_sums(const mm_scan_job *job, int64_t b, int64_t g, int64_t steps, const int64_t *position, int64_t N,
-                       const float *sums, float *to_B, float *to_C) {
+/* Where the sums of B and C of a share go: rows of the gradients themselves, in the order of the route, or rows in the order
+ * of time that are added to them at the end of the stage. */
+typedef struct {
+    float *B, *C;
+    int64_t stride; /* between rows */
+    int in_time;    /* the order of the rows */
+    int add;        /* to what is there */
+} sums_target;
+
+INLINE void put(float *to, const float *from, int64_t count, int add) {
+    if (add)
+        for (int64_t i = 0; i < count; i++) to[i] += from[i];
+    else
+        memcpy(to, from, (size_t)count * sizeof(float));
+}
+
+/* Adds up the lanes of a chunk's sums, and writes their rows, of which the first is number `first` of the order of time. */
+static void write_sums(const sums_target *to, int64_t first, int64_t steps, const int64_t *position, int64_t d_state, int64_t N,
+                       const float *sums) {
     float row_B[MM_MAX_STATE], row_C[MM_MAX_STATE];
     for (int64_t t = 0; t < steps; t++) {
-        int64_t at = ((b * job->length + position[t]) * job->groups + g) * job->d_state;
+        int64_t at = (to->in_time ? first + t : position[t]) * to->stride;
+        float *to_B = to->B + at, *to_C = to->C + at;
         if (N == 1) {
-            to_B[at] = lane_sum(load(sums + t * LANES));
-            to_C[at] = lane_sum(load(sums + (MM_CHUNK + t) * LANES));
+            float B = lane_sum(load(sums + t * LANES)), C = lane_sum(load(sums + (MM_CHUNK + t) * LANES));
+            *to_B = to->add ? *to_B + B : B;
+            *to_C = to->add ? *to_C + C : C;
             continue;
         }
-        float *B = job->d_state == N ? to_B + at : row_B, *C = job->d_state == N ? to_C + at : row_C;
+        int there = d_state == N && !to->add;
+        float *B = there ? to_B : row_B, *C = there ? to_C : row_C;
         for (int64_t n = 0; n < N; n += 4) {
             const float *from = sums + (n / 2 * MM_CHUNK + t) * LANES;
-            v4 first = lane_sums(load(from)), second = lane_sums(load(from + MM_CHUNK * LANES));
-            *(v4_unaligned *)(B + n) = SHUFFLE_4(first, second, 0, 1, 4, 5);
-            *(v4_unaligned *)(C + n) = SHUFFLE_4(first, second, 2, 3, 6, 7);
+            v4 low = lane_sums(load(from)), high = lane_sums(load(from + MM_CHUNK * LANES));
+            *(v4_unaligned *)(B + n) = SHUFFLE_4(low, high, 0, 1, 4, 5);
+            *(v4_unaligned *)(C + n) = SHUFFLE_4(low, high, 2, 3, 6, 7);
         }
-        if (job->d_state == N) continue;
-        memcpy(to_B + at, row_B, (size_t)job->d_state * sizeof(float));
-        memcpy(to_C + at, row_C, (size_t)job->d_state * sizeof(float));
+        if (there) continue;
+        put(to_B, row_B, d_state, to->add);
+        put(to_C, row_C, d_state, to->add);
     }
 }
 
-/* Some blocks of a group over the whole sequence, with what they keep from chunk to chunk. */
+/* Some blocks of a group over the chunks of a stage, with what they keep from chunk to chunk. */
 typedef struct {
     const mm_scan_job *job;
-    int64_t b, g, begin, own;        /* own: number of blocks, from block `begin` on */
-    float *kept, *to_B, *to_C;       /* to: gradients of B and C, or partial sums of them */
+    int64_t b, g, begin, own; /* own: number of blocks, from block `begin` on */
+    float *kept;
+    sums_target to;
 } backward_share;
 
-static backward_share begin_backward_share(const mm_scan_job *job, const mm_partials *partials, int64_t b, int64_t g,
-                                           int64_t part, float *kept) {
-    int64_t N = mm_padded_states(job->d_state), blocks = mm_ceil(job->channels, MM_BLOCK);
+static backward_share backward_share_of(const mm_scan_job *job, const mm_partials *partials, const mm_stage *stage, int64_t b,
+                                        int64_t g, int64_t part, float *kept) {
+    int64_t blocks = mm_ceil(job->channels, MM_BLOCK), N = job->d_state;
     int64_t begin = blocks * part / partials->parts, end = blocks * (part + 1) / partials->parts;
-    int64_t matrix = job->batch * job->length * job->groups * job->d_state;
-    size_t per_block = backward_block_floats(N), tile = (size_t)N * MM_BLOCK;
-    backward_share x = {job, b, g, begin, end - begin, kept,
-                        part ? partials->B + (part - 1) * matrix : job->grad_B,
-                        part ? partials->C + (part - 1) * matrix : job->grad_C};
-    memset(kept, 0, (size_t)x.own * per_block * sizeof(float));
-    for (int64_t i = 0; i < x.own; i++) {
-        float *rates = kept + (size_t)i * per_block, *D = rates + 3 * tile, *bias = D + MM_BLOCK;
-        int64_t channel = (begin + i) * MM_BLOCK, row = g * job->channels + channel;
+    backward_share x = {job, b, g, begin, end - begin, kept, {.add = part > 0}};
+    if (!part || partials->in_order) {
+        int64_t first = (b * job->length * job->groups + g) * N;
+        x.to.B = job->grad_B + first, x.to.C = job->grad_C + first, x.to.stride = job->groups * N;
+    } else {
+        int64_t groups = job->merge ? 1 : job->groups, slot = (part - 1) * partials->batches + b - stage->batch;
+        int64_t first = (slot * groups + (job->merge ? 0 : g)) * partials->chunks * MM_CHUNK * N;
+        x.to = (sums_target){partials->B + first, partials->C + first, N, 1, 0};
+    }
+    return x;
+}
+
+static void begin_backward_share(const backward_share *x) {
+    const mm_scan_job *job = x->job;
+    int64_t N = mm_padded_states(job->d_state), per_block = mm_backward_block(N), tile = N * MM_BLOCK;
+    memset(x->kept, 0, (size_t)(x->own * per_block) * sizeof(float));
+    for (int64_t i = 0; i < x->own; i++) {
+        float *rates = x->kept + i * per_block, *D = rates + 3 * tile, *bias = D + MM_BLOCK;
+        int64_t channel = (x->begin + i) * MM_BLOCK, row = x->g * job->channels + channel;
         int64_t count = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
         transpose_in(job->A + row * job->d_state, count, job->d_state, N, rates);
         scale_rates(rates, N * MM_BLOCK);
@@ -398,14 +423,13 @@ static backward_share begin_backward_share(const mm_scan_job *job, const mm_part
         vector_in(job->delta_bias ? job->delta_bias + row : NULL, count, bias);
         bias[3 * MM_BLOCK] = fastest_rate(rates, N);
     }
-    return x;
 }
 
-static void backward_chunk(const backward_share *x, int64_t chunk, const int64_t *position, int accumulate,
-                           const look_ahead *following, backward_scratch *s) {
+static void backward_chunk(const backward_share *x, int64_t chunk, const mm_stage *stage, const int64_t *position,
+                           int accumulate, const look_ahead *following, backward_scratch *s) {
     const mm_scan_job *job = x->job;
     int64_t N = mm_padded_states(job->d_state), rest = job->length - chunk * MM_CHUNK, steps = rest < MM_CHUNK ? rest : MM_CHUNK;
-    size_t per_block = backward_block_floats(N), tile = (size_t)N * MM_BLOCK;
+    int64_t per_block = mm_backward_block(N), tile = N * MM_BLOCK;
     float *state = s->rest, *sums = state + tile, *B = sums + backward_sums_floats(N), *C = B + MM_CHUNK * N;
     matrix_tile(&job->B, x->b, x->g, position, steps, job->d_state, N, B);
     matrix_tile(&job->C, x->b, x->g, position, steps, job->d_state, N, C);
@@ -416,58 +440,92 @@ static void backward_chunk(const backward_share *x, int64_t chunk, const int64_t
         if (chunk)
             transpose_in(state_rows(job, x->b, x->g, chunk, channel), w.count, job->d_state, N, state);
         else
-            memset(state, 0, tile * sizeof(float));
+            memset(state, 0, (size_t)tile * sizeof(float));
         look_ahead ahead = *following;
         if (i + 1 < x->own) ahead = backward_rows_ahead(job, x->b, x->g, channel + MM_BLOCK, position);
-        backward_block_of(&w, N, x->kept + (size_t)i * per_block, state, B, C, sums, &ahead, s);
+        backward_block_of(&w, N, x->kept + i * per_block, state, B, C, sums, &ahead, s);
         end_backward(&w, s);
     }
-    write_sums(job, x->b, x->g, steps, position, N, sums, x->to_B, x->to_C);
+    write_sums(&x->to, (chunk - stage->begin) * MM_CHUNK, steps, position, job->d_state, N, sums);
 }
 
-static void end_backward_share(const backward_share *x, const mm_partials *partials) {
+static void end_backward_share(const backward_share *x, const mm_partials *partials, const mm_stage *stage, backward_scratch *s) {
     const mm_scan_job *job = x->job;
-    size_t tile = (size_t)mm_padded_states(job->d_state) * MM_BLOCK, per_block = backward_block_floats(mm_padded_states(job->d_state));
+    int64_t N = mm_padded_states(job->d_state), per_block = mm_backward_block(N), tile = N * MM_BLOCK;
+    int64_t rows = job->groups * job->channels, add = partials->in_order && x->b > 0;
+    float *to_A = job->grad_A, *to_D = job->grad_D, *to_bias = job->grad_delta_bias;
+    if (x->b > 0 && !partials->in_order) {
+        int64_t slot = x->b - (stage->batch ? stage->batch : 1);
+        to_A = partials->A + slot * rows * job->d_state, to_D = partials->D + slot * rows, to_bias = partials->bias + slot * rows;
+    }
     for (int64_t i = 0; i < x->own; i++) {
-        const float *grad_A = x->kept + (size_t)i * per_block + 2 * tile, *grad_D = grad_A + tile + 2 * MM_BLOCK;
-        int64_t channel = (x->begin + i) * MM_BLOCK;
+        const float *grad_A = x->kept + i * per_block + 2 * tile, *grad_D = grad_A + tile + 2 * MM_BLOCK;
+        int64_t channel = (x->begin + i) * MM_BLOCK, at = x->g * job->channels + channel;
         int64_t count = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
-        int64_t at = (x->b * job->groups + x->g) * job->channels + channel;
-        transpose_out(partials->A + at * job->d_state, count, job->d_state, grad_A);
-        memcpy(partials->D + at, grad_D, (size_t)count * sizeof(float));
-        memcpy(partials->bias + at, grad_D + MM_BLOCK, (size_t)count * sizeof(float));
+        transpose_out(s->trail, count, job->d_state, grad_A);
+        put(to_A + at * job->d_state, s->trail, count * job->d_state, (int)add);
+        if (job->D) put(to_D + at, grad_D, count, (int)add);
+        if (job->delta_bias) put(to_bias + at, grad_D + MM_BLOCK, count, (int)add);
     }
 }
 
-/* Some shares side by side, chunk by chunk, from the last to the first; see forward_sequence. */
-static void backward_sequence(const mm_scan_job *job, const mm_partials *partials, int64_t b, int64_t group, int64_t first,
-                              int64_t count, int accumulate, backward_scratch *s) {
-    int64_t L = job->length, N = mm_padded_states(job->d_state), chunks = mm_ceil(L, MM_CHUNK);
+/* Items: as in scan_forward, for the batches, the merged group and the chunks of the stage. Shares side by side, chunk by chunk,
+ * from the last to the first; see forward_sequence. */
+static void scan_backward(const mm_scan_job *job, const mm_partials *partials, int64_t number, int64_t item, void *scratch) {
+    backward_scratch *s = scratch;
+    const mm_stage stage = mm_stage_of(job, partials, number);
+    int64_t first, count, b = stage.batch + bundle_of(job, partials, item, &first, &count);
+    int64_t N = mm_padded_states(job->d_state), chunks = mm_ceil(job->length, MM_CHUNK);
     backward_share shares[MM_BUNDLE];
-    float *kept = s->rest + N * MM_BLOCK + backward_sums_floats(N) + 2 * MM_CHUNK * N;
+    float *kept = partials->kept ? partials->kept + item * partials->kept_of_item
+                                 : s->rest + N * MM_BLOCK + backward_sums_floats(N) + 2 * MM_CHUNK * N;
+    if (b >= stage.batch + stage.batches) return;
     for (int64_t i = 0; i < count; i++) {
-        int64_t g = job->merge ? group : (first + i) / partials->parts;
-        shares[i] = begin_backward_share(job, partials, b, g, (first + i) % partials->parts, kept);
-        kept += (size_t)shares[i].own * backward_block_floats(N);
+        int64_t g = job->merge ? stage.group : (first + i) / partials->parts;
+        shares[i] = backward_share_of(job, partials, &stage, b, g, (first + i) % partials->parts, kept);
+        if (stage.end == chunks) begin_backward_share(&shares[i]);
+        kept += shares[i].own * mm_backward_block(N);
     }
-    route_positions(job, group, (chunks - 1) * MM_CHUNK, MM_CHUNK, s->position[(chunks - 1) & 1]);
-    for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
+    route_positions(job, stage.group, (stage.end - 1) * MM_CHUNK, MM_CHUNK, s->position[(stage.end - 1) & 1]);
+    for (int64_t chunk = stage.end - 1; chunk >= stage.begin; chunk--) {
         int64_t *position = s->position[chunk & 1], *following = s->position[~chunk & 1];
-        route_positions(job, group, chunk ? (chunk - 1) * MM_CHUNK : 0, MM_CHUNK, following);
+        route_positions(job, stage.group, chunk ? (chunk - 1) * MM_CHUNK : 0, MM_CHUNK, following);
         for (int64_t i = 0; i < count; i++) {
             const backward_share *next = &shares[i + 1 < count ? i + 1 : 0];
             look_ahead ahead = backward_rows_ahead(job, b, next->g, next->begin * MM_BLOCK, i + 1 < count ? position : following);
-            backward_chunk(&shares[i], chunk, position, accumulate, &ahead, s);
+            backward_chunk(&shares[i], chunk, &stage, position, stage.group > 0, &ahead, s);
         }
     }
-    for (int64_t i = 0; i < count; i++) end_backward_share(&shares[i], partials);
+    if (!stage.begin)
+        for (int64_t i = 0; i < count; i++) end_backward_share(&shares[i], partials, &stage, s);
 }
 
-/* Items: as in scan_forward. */
-static void scan_backward(const mm_scan_job *job, const mm_partials *partials, int64_t item, void *scratch) {
-    int64_t first, count, b = bundle_of(job, partials, item, &first, &count);
-    for (int64_t g = 0; g < (job->merge ? job->groups : 1); g++)
-        backward_sequence(job, partials, b, g, first, count, g > 0, scratch);
+/* Adds what the items of a stage have left, parts and batches in their order. */
+static void scan_backward_sums(const mm_scan_job *job, const mm_partials *partials, int64_t number) {
+    const mm_stage stage = mm_stage_of(job, partials, number);
+    int64_t N = job->d_state, groups = job->merge ? 1 : job->groups, rows = job->groups * job->channels;
+    int64_t steps = partials->chunks * MM_CHUNK, last = stage.end * MM_CHUNK < job->length ? stage.end * MM_CHUNK : job->length;
+    if (partials->in_order) return;
+    for (int64_t part = 1; part < partials->parts; part++)
+        for (int64_t b = 0; b < stage.batches; b++)
+            for (int64_t first = stage.begin * MM_CHUNK; first < last; first += MM_CHUNK) {
+                int64_t position[MM_CHUNK], count = last - first < MM_CHUNK ? last - first : MM_CHUNK;
+                route_positions(job, stage.group, first, count, position);
+                for (int64_t g = 0; g < groups; g++) {
+                    int64_t slot = (((part - 1) * partials->batches + b) * groups + g) * steps + first - stage.begin * MM_CHUNK;
+                    for (int64_t t = 0; t < count; t++) {
+                        int64_t row = ((stage.batch + b) * job->length + position[t]) * job->groups + g + stage.group;
+                        put(job->grad_B + row * N, partials->B + (slot + t) * N, N, 1);
+                        put(job->grad_C + row * N, partials->C + (slot + t) * N, N, 1);
+                    }
+                }
+            }
+    if (stage.begin || (job->merge && stage.group < job->groups - 1)) return;
+    for (int64_t b = stage.batch ? 0 : 1, slot = 0; b < stage.batches; b++, slot++) {
+        put(job->grad_A, partials->A + slot * rows * N, rows * N, 1);
+        if (job->D) put(job->grad_D, partials->D + slot * rows, rows, 1);
+        if (job->delta_bias) put(job->grad_delta_bias, partials->bias + slot * rows, rows, 1);
+    }
 }
 
 #endif

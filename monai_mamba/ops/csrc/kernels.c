@@ -76,6 +76,7 @@ const mm_kernels MM_JOIN(mm_kernels_, MM_VARIANT) = {
     .scan_forward = scan_forward,
     .scan_backward_scratch = scan_backward_scratch,
     .scan_backward = scan_backward,
+    .scan_backward_sums = scan_backward_sums,
     .conv_scratch = conv_scratch,
     .conv_forward = conv_forward,
     .conv_backward = conv_backward,

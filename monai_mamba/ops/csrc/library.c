@@ -10,10 +10,12 @@
 
 #if !defined(_WIN32)
 #include <pthread.h>
+#include <sched.h>
 #define MM_THREADS 1
 #endif
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <xmmintrin.h>
@@ -83,11 +85,17 @@ EXPORT double mm_probe(int64_t index, int64_t kind, int64_t rounds) {
 
 /* ---- threads ---- */
 
+/* Work in stages: no item of one is begun before all of the one before it are done and `sums` has been called for them.
+ * What stands behind the blank line is changed atomically only. */
 typedef struct {
-    void (*run)(const void *context, int64_t item, void *scratch);
+    void (*run)(const void *context, int64_t stage, int64_t item, void *scratch);
+    void (*sums)(const void *context, int64_t stage); /* may be null */
     const void *context;
     size_t scratch;
-    int64_t items, next; /* next: item to be taken, changed atomically only */
+    int64_t items, stages; /* items of each stage */
+
+    int64_t next, done; /* items of all stages: the one to be taken, and how many are done */
+    int64_t open;       /* the last stage of which items may be begun */
     int failed;
 } work;
 
@@ -110,6 +118,20 @@ static void restore_subnormals(unsigned int before) {
 #endif
 }
 
+/* Waits for the items of the stages before; others are at work on them. Returns 0 if the work has failed. */
+static int wait_for_stage(work *w, int64_t stage) {
+    for (int64_t rounds = 0; __atomic_load_n(&w->open, __ATOMIC_ACQUIRE) < stage; rounds++) {
+        if (__atomic_load_n(&w->failed, __ATOMIC_RELAXED)) return 0;
+#if defined(__SSE__)
+        _mm_pause();
+#endif
+#ifdef MM_THREADS
+        if (rounds > 1000) sched_yield(); /* the others may be waiting for this very processor */
+#endif
+    }
+    return 1;
+}
+
 static void take_items(work *w) {
     char *memory = malloc(w->scratch + 64);
     if (!memory) {
@@ -119,9 +141,12 @@ static void take_items(work *w) {
     void *scratch = memory + (64 - (uintptr_t)memory % 64);
     unsigned int before = flush_subnormals();
     for (;;) {
-        int64_t item = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED);
-        if (item >= w->items || __atomic_load_n(&w->failed, __ATOMIC_RELAXED)) break;
-        w->run(w->context, item, scratch);
+        int64_t item = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED), stage = item / w->items;
+        if (stage >= w->stages || __atomic_load_n(&w->failed, __ATOMIC_RELAXED) || !wait_for_stage(w, stage)) break;
+        w->run(w->context, stage, item % w->items, scratch);
+        if (__atomic_add_fetch(&w->done, 1, __ATOMIC_ACQ_REL) < (stage + 1) * w->items) continue;
+        if (w->sums) w->sums(w->context, stage);
+        __atomic_store_n(&w->open, stage + 1, __ATOMIC_RELEASE);
     }
     restore_subnormals(before);
     free(memory);
@@ -220,6 +245,9 @@ static int run(work *w, int64_t threads) {
     return w->failed ? MM_NO_MEMORY : MM_OK;
 }
 
+/* Bytes of sums of B and C that wait to be added up, see deal_out_backward. */
+enum { MM_SUMS = 256 << 10 };
+
 /* Waking a thread costs about as much as a quarter of a million state updates. */
 static int64_t useful_threads(int64_t threads, int64_t operations) {
     int64_t most = 1 + operations / (1 << 20);
@@ -275,11 +303,13 @@ static int bad_conv(const mm_conv_job *job, int backward) {
 /* Arrays from 32 MB on are new memory from the system at every call, because malloc of glibc keeps none of that size.
  * Touched in pages of 4 kB it costs as much as the arithmetic, and threads wait for each other there; in pages of 2 MB,
  * which Linux gives for the asking where it is set up so, it costs a few percent. Smaller arrays lie in memory that is used
- * again, by others too, for which a page of 2 MB may be far too much. Asks for the whole pages inside the array only. */
+ * again, by others too, for which a page of 2 MB may be far too much. So does a large one that malloc has cut out of the
+ * heap, because the end of it happened to be free: what is asked for there would stay. Asks for the whole pages inside the
+ * array only. */
 static void ask_for_huge_pages(void *data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     const uintptr_t page = (uintptr_t)1 << 21;
-    if (!data || bytes < (int64_t)32 << 20) return;
+    if (!data || bytes < (int64_t)32 << 20 || (uintptr_t)data < (uintptr_t)sbrk(0)) return; /* the heap lies lowest */
     uintptr_t first = ((uintptr_t)data + page - 1) / page * page, last = ((uintptr_t)data + (uintptr_t)bytes) / page * page;
     madvise((void *)first, last - first, MADV_HUGEPAGE); /* a refusal changes nothing but the speed */
 #else
@@ -302,32 +332,40 @@ typedef struct {
     const mm_kernels *kernels;
 } context;
 
-static void run_scan_forward(const void *c, int64_t item, void *scratch) {
+static void run_scan_forward(const void *c, int64_t stage, int64_t item, void *scratch) {
     const context *x = c;
+    (void)stage;
     x->kernels->scan_forward(x->job, x->partials, item, scratch);
 }
-static void run_scan_backward(const void *c, int64_t item, void *scratch) {
+static void run_scan_backward(const void *c, int64_t stage, int64_t item, void *scratch) {
     const context *x = c;
-    x->kernels->scan_backward(x->job, x->partials, item, scratch);
+    x->kernels->scan_backward(x->job, x->partials, stage, item, scratch);
 }
-static void run_conv_forward(const void *c, int64_t item, void *scratch) {
+static void scan_backward_sums(const void *c, int64_t stage) {
     const context *x = c;
+    x->kernels->scan_backward_sums(x->job, x->partials, stage);
+}
+static void run_conv_forward(const void *c, int64_t stage, int64_t item, void *scratch) {
+    const context *x = c;
+    (void)stage;
     x->kernels->conv_forward(x->job, item, scratch);
 }
-static void run_conv_backward(const void *c, int64_t item, void *scratch) {
+static void run_conv_backward(const void *c, int64_t stage, int64_t item, void *scratch) {
     const context *x = c;
+    (void)stage;
     x->kernels->conv_backward(x->job, x->partials, item, scratch);
 }
 
-/* target[i] = sum over k of parts[k][i], in order; the first part may be the target itself. */
+/* target[i] = sum over k of parts[k][i], in order. */
 static void add_parts(float *target, const float *first, const float *rest, int64_t count, int64_t size) {
-    if (first != target) memcpy(target, first, (size_t)size * sizeof(float));
+    memcpy(target, first, (size_t)size * sizeof(float));
     for (int64_t k = 1; k < count; k++)
         for (int64_t i = 0; i < size; i++) target[i] += rest[(k - 1) * size + i];
 }
 
-/* How many parts share the channels of a group in the backward pass: about eight work items in all, but no more than a
- * quarter of the input's memory for their sums of B and C, and at least two where there is no other parallelism. */
+/* How many parts share the channels of a group in the backward pass: about eight work items in all, but none with so few
+ * channels that the sums of B and C are much of its work, and at least two where there is no other parallelism. The sums are
+ * added up by part, so this must not depend on the number of threads. */
 static int64_t backward_parts(const mm_scan_job *job) {
     int64_t independent = job->merge ? job->batch : job->batch * job->groups;
     int64_t parts = mm_ceil(8, independent), affordable = 1 + job->channels / (8 * job->d_state);
@@ -377,44 +415,54 @@ EXPORT int mm_scan_forward(const mm_scan_job *job, int64_t index, int64_t thread
     partials.bundle = shares_together(job, shares, partials.parts, 2, threads);
     context c = {job, &partials, kernels};
     size_t scratch = kernels->scan_forward_scratch(job, &partials);
-    work w = {run_scan_forward, &c, scratch, job->batch * mm_ceil(shares, partials.bundle), 0, 0};
+    work w = {.run = run_scan_forward, .context = &c, .scratch = scratch, .items = job->batch * mm_ceil(shares, partials.bundle), .stages = 1};
     return run(&w, threads);
+}
+
+/* Deals out a backward pass. A stage has some work for each thread, and sums of B and C of at most 256 kB, if that is
+ * possible: what fits the second-level cache. A single thread adds everything up where it belongs. */
+static mm_partials deal_out_backward(const mm_scan_job *job, int64_t threads) {
+    mm_partials p = {.parts = backward_parts(job), .batches = 1, .chunks = mm_ceil(job->length, MM_CHUNK), .in_order = threads == 1};
+    int64_t shares = mm_shares(job, &p);
+    p.bundle = shares_together(job, shares, p.parts, 3, threads);
+    p.kept_of_item = p.bundle * mm_ceil(mm_ceil(job->channels, MM_BLOCK), p.parts) * mm_backward_block(mm_padded_states(job->d_state));
+    if (p.in_order) return p;
+    p.batches = mm_ceil(4 * threads, mm_ceil(shares, p.bundle));
+    if (p.batches > job->batch) p.batches = job->batch;
+    if (p.parts > 1) {
+        int64_t chunk = 2 * (shares - shares / p.parts) * p.batches * MM_CHUNK * job->d_state * (int64_t)sizeof(float);
+        int64_t most = chunk < MM_SUMS ? MM_SUMS / chunk : 1;
+        if (p.chunks > most) p.chunks = most;
+    }
+    return p;
 }
 
 EXPORT int mm_scan_backward(const mm_scan_job *job, int64_t index, int64_t threads) {
     const mm_kernels *kernels = variant(index);
     if (!kernels) return MM_NO_VARIANT;
     if (bad_scan(job, 1)) return MM_BAD_ARGUMENT;
-    int64_t rows = job->groups * job->channels, matrix = job->batch * job->length * job->groups * job->d_state;
-    int64_t parts = backward_parts(job), per_batch = rows * (job->d_state + 2);
-    int64_t shares = (job->merge ? 1 : job->groups) * parts;
+    int64_t rows = job->groups * job->channels;
     threads = useful_threads(threads, job->length * job->batch * rows * job->d_state * 2);
-    int64_t bundle = shares_together(job, shares, parts, 3, threads);
-    int64_t items = job->batch * mm_ceil(shares, bundle);
-    float *sums = malloc((size_t)(job->batch * per_batch) * sizeof(float));
-    float *matrices = parts > 1 ? malloc((size_t)(2 * (parts - 1) * matrix) * sizeof(float)) : NULL;
-    int status = sums && (matrices || parts == 1) ? MM_OK : MM_NO_MEMORY;
-    if (status == MM_OK) {
-        const mm_view *written[] = {&job->grad_u, &job->grad_delta, &job->grad_z};
-        for (int i = 0; i < 3; i++) ask_for_view(written[i], job->batch, job->length, job->groups, job->channels);
-        ask_for_huge_pages(matrices, 2 * (parts - 1) * matrix * (int64_t)sizeof(float));
-        mm_partials partials = {parts, bundle, matrices, parts > 1 ? matrices + (parts - 1) * matrix : NULL, sums,
-                                sums + job->batch * rows * job->d_state,
-                                sums + job->batch * rows * (job->d_state + 1)};
-        context c = {job, &partials, kernels};
-        work w = {run_scan_backward, &c, kernels->scan_backward_scratch(job, &partials), items, 0, 0};
-        status = run(&w, threads);
-        if (status == MM_OK) {
-            add_parts(job->grad_B, job->grad_B, partials.B, parts, matrix);
-            add_parts(job->grad_C, job->grad_C, partials.C, parts, matrix);
-            int64_t size = rows * job->d_state;
-            add_parts(job->grad_A, partials.A, partials.A + size, job->batch, size);
-            if (job->D) add_parts(job->grad_D, partials.D, partials.D + rows, job->batch, rows);
-            if (job->delta_bias) add_parts(job->grad_delta_bias, partials.bias, partials.bias + rows, job->batch, rows);
-        }
+    mm_partials p = deal_out_backward(job, threads);
+    int64_t shares = mm_shares(job, &p), items = p.batches * mm_ceil(shares, p.bundle);
+    float *memory = NULL;
+    if (!p.in_order) {
+        int64_t sums = (shares - shares / p.parts) * p.batches * p.chunks * MM_CHUNK * job->d_state;
+        int64_t slots = p.batches < job->batch ? p.batches : job->batch - 1;
+        int64_t kept = p.chunks * MM_CHUNK < job->length ? items * p.kept_of_item : 0;
+        memory = malloc((size_t)(kept + 2 * sums + slots * rows * (job->d_state + 2)) * sizeof(float) + 64);
+        if (!memory) return MM_NO_MEMORY;
+        float *at = (float *)((char *)memory + (64 - (uintptr_t)memory % 64));
+        if (kept) p.kept = at, at += kept;
+        p.B = at, p.C = p.B + sums, p.A = p.C + sums, p.D = p.A + slots * rows * job->d_state, p.bias = p.D + slots * rows;
     }
-    free(sums);
-    free(matrices);
+    const mm_view *written[] = {&job->grad_u, &job->grad_delta, &job->grad_z};
+    for (int i = 0; i < 3; i++) ask_for_view(written[i], job->batch, job->length, job->groups, job->channels);
+    context c = {job, &p, kernels};
+    work w = {.run = run_scan_backward, .sums = scan_backward_sums, .context = &c, .scratch = kernels->scan_backward_scratch(job, &p),
+              .items = items, .stages = mm_num_stages(job, &p)};
+    int status = run(&w, threads);
+    free(memory);
     return status;
 }
 
@@ -424,7 +472,8 @@ EXPORT int mm_conv_forward(const mm_conv_job *job, int64_t index, int64_t thread
     if (bad_conv(job, 0)) return MM_BAD_ARGUMENT;
     context c = {job, NULL, kernels};
     ask_for_view(&job->y, job->batch, job->length, 1, job->channels);
-    work w = {run_conv_forward, &c, kernels->conv_scratch(job, 0), job->batch * mm_ceil(job->length, MM_CONV_SEGMENT), 0, 0};
+    work w = {.run = run_conv_forward, .context = &c, .scratch = kernels->conv_scratch(job, 0),
+              .items = job->batch * mm_ceil(job->length, MM_CONV_SEGMENT), .stages = 1};
     return run(&w, useful_threads(threads, job->batch * job->length * job->channels * 4));
 }
 
@@ -438,11 +487,11 @@ EXPORT int mm_conv_backward(const mm_conv_job *job, int64_t index, int64_t threa
     threads = useful_threads(threads, job->batch * job->length * job->channels * 8);
     int64_t blocks = mm_ceil(job->channels, MM_BLOCK), bundle = threads > 1 ? blocks * job->batch / (4 * threads) : blocks;
     bundle = bundle < 1 ? 1 : bundle < MM_BUNDLE ? bundle : MM_BUNDLE;
-    mm_partials partials = {1, bundle, NULL, NULL, sums, NULL, sums + job->batch * job->channels * job->taps};
+    mm_partials partials = {.parts = 1, .bundle = bundle, .A = sums, .bias = sums + job->batch * job->channels * job->taps};
     context c = {job, &partials, kernels};
     ask_for_view(&job->grad_x, job->batch, job->length, 1, job->channels);
     int64_t items = job->batch * mm_ceil(blocks, bundle);
-    work w = {run_conv_backward, &c, kernels->conv_scratch(job, bundle), items, 0, 0};
+    work w = {.run = run_conv_backward, .context = &c, .scratch = kernels->conv_scratch(job, bundle), .items = items, .stages = 1};
     int status = run(&w, threads);
     if (status == MM_OK) {
         int64_t weights = job->channels * job->taps;

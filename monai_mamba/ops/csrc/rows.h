@@ -178,9 +178,9 @@ static void route_positions(const mm_scan_job *job, int64_t group, int64_t first
     }
 }
 
-/* Batch of a work item, and its bundle of shares. */
+/* Batch of a work item (within its stage), and its bundle of shares. */
 static int64_t bundle_of(const mm_scan_job *job, const mm_partials *partials, int64_t item, int64_t *first, int64_t *count) {
-    int64_t shares = partials->parts * (job->merge ? 1 : job->groups), bundles = mm_ceil(shares, partials->bundle);
+    int64_t shares = mm_shares(job, partials), bundles = mm_ceil(shares, partials->bundle);
     *first = shares * (item % bundles) / bundles;
     *count = shares * (item % bundles + 1) / bundles - *first;
     return item / bundles;

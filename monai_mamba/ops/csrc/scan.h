@@ -53,23 +53,35 @@ typedef struct {
     float *grad_weight, *grad_bias; /* shapes of weight and bias */
 } mm_conv_job;
 
-/* How a pass is dealt out, and where the parts of a backward pass put sums that are added up afterwards in a fixed order.
- * A share is one part of the channels of one group. */
+/* How a pass is dealt out. A share is one part of the channels of one group. */
 typedef struct {
-    int64_t parts;           /* channel blocks of a group are dealt out to this many parts */
-    int64_t bundle;          /* a work item scans up to this many shares side by side */
-    float *B, *C;            /* (parts - 1) x (batch, length, groups, d_state); part 0 writes to the gradient itself */
-    float *A, *D, *bias;     /* batch x (groups, channels, ...) */
+    int64_t parts;  /* channel blocks of a group are dealt out to this many parts */
+    int64_t bundle; /* a work item scans up to this many shares side by side */
+    /* The backward pass adds up over parts and batches, in their order. It goes in stages, so that what waits to be added is
+     * little however large the job is: some batches, of merged groups one, and some chunks, the last ones first. */
+    int64_t batches, chunks; /* of a stage */
+    int in_order;            /* items come one after the other and add to the gradients themselves */
+    float *B, *C;            /* else sums of all parts but the first: (parts - 1, batches, groups, 64 chunks, d_state) */
+    float *A, *D, *bias;     /* and of all batches but the first: slots x (groups, channels, ...) */
+    float *kept;             /* what items keep from stage to stage; null if their chunks are all in one */
+    int64_t kept_of_item;    /* floats */
 } mm_partials;
 
-/* One variant of the arithmetic. Every function does one work item and needs `scratch` bytes, 64-byte aligned. */
+typedef struct {
+    int64_t batch, batches; /* first one, and how many */
+    int64_t group;          /* of merged groups */
+    int64_t begin, end;     /* chunks */
+} mm_stage;
+
+/* One variant of the arithmetic. Functions with `item` do one work item and need `scratch` bytes, 64-byte aligned. */
 typedef struct {
     const char *name;
     int64_t lanes;
     size_t (*scan_forward_scratch)(const mm_scan_job *, const mm_partials *);
     void (*scan_forward)(const mm_scan_job *, const mm_partials *, int64_t item, void *scratch);
     size_t (*scan_backward_scratch)(const mm_scan_job *, const mm_partials *);
-    void (*scan_backward)(const mm_scan_job *, const mm_partials *, int64_t item, void *scratch);
+    void (*scan_backward)(const mm_scan_job *, const mm_partials *, int64_t stage, int64_t item, void *scratch);
+    void (*scan_backward_sums)(const mm_scan_job *, const mm_partials *, int64_t stage); /* when all its items are done */
     size_t (*conv_scratch)(const mm_conv_job *, int64_t bundle);
     void (*conv_forward)(const mm_conv_job *, int64_t item, void *scratch);
     void (*conv_backward)(const mm_conv_job *, const mm_partials *, int64_t item, void *scratch);
@@ -80,6 +92,26 @@ static inline int64_t mm_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /* States are padded to whole vectors of four, except a single one, which has its own path. */
 static inline int64_t mm_padded_states(int64_t n) { return n == 1 ? 1 : mm_ceil(n, 4) * 4; }
+
+/* Numbers of a block of channels in the backward pass: rates, gradient of the state and of A (N, 16); D, bias, their
+ * gradients, [0]: the largest rate (16). */
+static inline int64_t mm_backward_block(int64_t padded) { return (5 + 3 * padded) * MM_BLOCK; }
+
+/* Shares of a batch item that are independent of each other. */
+static inline int64_t mm_shares(const mm_scan_job *job, const mm_partials *p) { return p->parts * (job->merge ? 1 : job->groups); }
+
+static inline int64_t mm_num_stages(const mm_scan_job *job, const mm_partials *p) {
+    return mm_ceil(job->batch, p->batches) * (job->merge ? job->groups : 1) * mm_ceil(mm_ceil(job->length, MM_CHUNK), p->chunks);
+}
+
+static inline mm_stage mm_stage_of(const mm_scan_job *job, const mm_partials *p, int64_t stage) {
+    int64_t chunks = mm_ceil(job->length, MM_CHUNK), segments = mm_ceil(chunks, p->chunks);
+    int64_t groups = job->merge ? job->groups : 1, batch = stage / (segments * groups) * p->batches;
+    int64_t begin = (segments - 1 - stage % segments) * p->chunks;
+    mm_stage s = {batch, job->batch - batch < p->batches ? job->batch - batch : p->batches, stage / segments % groups, begin,
+                  begin + p->chunks < chunks ? begin + p->chunks : chunks};
+    return s;
+}
 
 /* Steps of one work item of the forward convolution. */
 #define MM_CONV_SEGMENT 256
