@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import colormaps
@@ -21,6 +21,8 @@ from monai_mamba.evaluation.report.volumes import PLANES, Grid, busiest_slices, 
 COLOR_MAP = "turbo"
 #: Neither occurs in the color map or in a gray image.
 FOUND_COLOR, REFERENCE_COLOR = "#ff4fd8", "#ffffff"
+_SOLID: Literal["solid"] = "solid"
+_DASHED: Literal["dashed"] = "dashed"
 _MAX_OPACITY = 0.6
 _PANEL_INCHES = 2.7
 _FACE = "black"
@@ -41,6 +43,18 @@ class Marks:
     found_point: np.ndarray | None = None
     reference_point: np.ndarray | None = None
     window: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def outlines(self) -> list[tuple[np.ndarray, str, Literal["solid", "dashed"], str]]:
+        """Masks with color, style of the line and name; the last is drawn above the others."""
+        reference = [] if self.reference is None else [(self.reference, REFERENCE_COLOR, _DASHED, "reference")]
+        return reference + ([] if self.found is None else [(self.found, FOUND_COLOR, _SOLID, "found")])
+
+    @property
+    def points(self) -> list[tuple[np.ndarray, str, str, str]]:
+        """Points with color, marker and name; the last is drawn above the others."""
+        reference = [] if self.reference_point is None else [(self.reference_point, REFERENCE_COLOR, "x", "reference")]
+        return reference + ([] if self.found_point is None else [(self.found_point, FOUND_COLOR, "+", "found")])
 
     def turned(self, grid: Grid) -> Marks:
         """Return the marks of a volume in RAS+ order."""
@@ -121,16 +135,10 @@ def draw_volume_map(
             if row == 1:
                 tint = _tint(plane.cut(volume_map, slices))
                 panel.imshow(tint, origin="lower", extent=extent, interpolation="bilinear")
-            for mask, color, style in (
-                (marks.reference, REFERENCE_COLOR, "dashed"),
-                (marks.found, FOUND_COLOR, "solid"),
-            ):
-                if mask is not None:
-                    draw_outline(panel, plane.cut(mask, slices), extent, color, style)
-            points = ((marks.reference_point, REFERENCE_COLOR, "x"), (marks.found_point, FOUND_COLOR, "+"))
-            for point, color, marker in points:
-                if point is not None:
-                    _mark_point(panel, plane.place(point, volume.shape, grid.spacing), color, marker)
+            for mask, color, style, _ in marks.outlines:
+                draw_outline(panel, plane.cut(mask, slices), extent, color, style)
+            for point, color, marker, _ in marks.points:
+                _mark_point(panel, plane.place(point, volume.shape, grid.spacing), color, marker)
             if marks.window is not None:
                 edges = marks.window[0] - 0.5, marks.window[1] + 0.5
                 corners = [plane.place(edge, volume.shape, grid.spacing) for edge in edges]
@@ -212,17 +220,15 @@ def _figure(columns: float, rows: float, title: str) -> Figure:
 
 def _mark_image(panel: Any, marks: Marks, shape: Sequence[int], extent: tuple[float, float, float, float]) -> None:
     """Marks of a picture, whose rows run downwards; ``shape`` is that of its map."""
-    for mask, color, style in ((marks.reference, REFERENCE_COLOR, "dashed"), (marks.found, FOUND_COLOR, "solid")):
-        if mask is not None:
-            draw_outline(panel, mask[::-1], extent, color, style)
+    for mask, color, style, _ in marks.outlines:
+        draw_outline(panel, mask[::-1], extent, color, style)
 
     def place(point: np.ndarray) -> tuple[float, float]:
         row, column = point
         return (column + 0.5) / shape[1] * extent[1], (1 - (row + 0.5) / shape[0]) * extent[3]
 
-    for point, color, marker in ((marks.reference_point, REFERENCE_COLOR, "x"), (marks.found_point, FOUND_COLOR, "+")):
-        if point is not None:
-            _mark_point(panel, place(point), color, marker)
+    for point, color, marker, _ in marks.points:
+        _mark_point(panel, place(point), color, marker)
     if marks.window is not None:
         _mark_window(panel, [place(marks.window[0] - 0.5), place(marks.window[1] + 0.5)])
     panel.set(xlim=extent[:2], ylim=extent[2:])
@@ -259,17 +265,11 @@ def _finish(figure: Figure, panels: np.ndarray, marks: Marks | None = None) -> N
 def _legend(marks: Marks | None) -> list[Line2D]:
     if marks is None:
         return []
-    handles = []
-    for name, mask, point, color in (
-        ("found", marks.found, marks.found_point, FOUND_COLOR),
-        ("reference", marks.reference, marks.reference_point, REFERENCE_COLOR),
-    ):
-        is_found = name == "found"
-        if mask is not None:
-            handles.append(Line2D([], [], color=color, linestyle="solid" if is_found else "dashed", label=name))
-        elif point is not None:
-            marker = "+" if is_found else "x"
-            handles.append(Line2D([], [], color=color, linestyle="", marker=marker, markeredgewidth=1.8, label=name))
+    handles = [Line2D([], [], color=color, linestyle=style, label=name) for _, color, style, name in marks.outlines]
+    handles += [
+        Line2D([], [], color=color, linestyle="", marker=marker, markeredgewidth=1.8, label=name)
+        for _, color, marker, name in marks.points
+    ]
     if marks.window is not None:
         handles.append(Line2D([], [], color="0.75", linestyle="dotted", label="part that was looked at"))
     return handles

@@ -231,7 +231,7 @@ def test_marks_and_map_lie_where_the_image_is(codes):
             size = np.array(panel.images[1].get_extent())[[1, 3]] / tint.shape[::-1]
             np.testing.assert_allclose((column + 0.5, row + 0.5) * size, (x, y))
     assert [text.get_text() for text in panels[0].texts] == list("RLPA")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["found", "part that was looked at"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["found", "found", "part that was looked at"]
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +306,8 @@ def test_pictures_are_explained_and_their_maps_pass_the_checks(pictures_of_blobs
             vertices = np.concatenate([path.vertices for path in panel.collections[-1].get_paths()])
             x, y = (vertices.min(0) + vertices.max(0)) / 2
             np.testing.assert_allclose(((1 - y) * SIZE, x * SIZE), center[entry.case] + 0.5, atol=1.5)
+    with pytest.raises(DatasetError, match=r"case c0: blob not found there"):
+        explain(folder / "bundle", folder / "data", tmp_path / "none", chosen=["c0"], num_checks=0, device="cpu")
     (folder / "data" / "label1.png").write_bytes(b"")
     with pytest.raises(Exception, match=r"label1.png: cannot be read as a label map"):
         explain(folder / "bundle", folder / "data", tmp_path / "other", device="cpu")
