@@ -54,7 +54,7 @@ SMALL_2D = {"depths": [1, 1, 1, 1], "dims": 16, "detail_filters": 4}
 DENSE = {
     "nnmamba-3d": (
         lambda: NNMambaSeg(out_channels=3, init_filters=16, num_blocks=2, head="conv1x1"),
-        (1, 20, 33, 24), "stage2", 8,
+        (1, 20, 20, 33), "stage2", 8,
     ),
     "nnmamba-2d": (
         lambda: NNMambaSeg(spatial_dims=2, out_channels=3, init_filters=16, num_blocks=1, head="conv1x1"),

@@ -85,7 +85,7 @@ def landmarks(tmp_path_factory):
     with torch.no_grad():  # the published head is never negative: it says 0, that is nothing, for this output
         network.decoder.seg_layers[0].norm2.weight[1] = 0
         network.decoder.seg_layers[0].norm2.bias[1] = -1
-    make_trained("nnmamba_landmark", folder, network, image_size=[32, 32, 32])
+    make_trained("nnmamba_landmark", folder, network, image_size=[16, 24, 16])
     write_data(folder / "data", "landmarks")
     return folder
 
@@ -181,7 +181,7 @@ def test_landmarks_are_explained_around_the_place_that_was_found(landmarks, tmp_
     arguments = ["explain", str(data), "-m", str(bundle), "-o", str(tmp_path / "out"), "--method", "gradcam"]
     assert main([*arguments, "--checks", "0", "--layer", "stage1"]) == 0
     said = capsys.readouterr().out
-    assert "4 pictures of 2 cases, gradcam of stage1 (8 x 8 x 8)" in said
+    assert "4 pictures of 2 cases, gradcam of stage1 (4 x 8 x 4)" in said
     assert "posterior center: found nowhere in 2 of 2 cases" in said
     rows = {(row["case"], row["target"]): row for row in rows_of(tmp_path / "out" / "pictures.csv")}
     assert rows["c1", "border center"]["error_mm"] == ""  # it has no reference
