@@ -267,4 +267,7 @@ def _describe_device(device: str) -> str:
 
     if device == "cuda":
         return f"CUDA, {torch.cuda.get_device_name()}"
-    return f"{device.upper()}, {torch.get_num_threads()} threads" if device == "cpu" else device.upper()
+    if device != "cpu":
+        return device.upper()
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
