@@ -110,10 +110,12 @@ _INERT_NAMES = frozenset(
         "collections.Counter",
         "collections.defaultdict",
         "collections.deque",
-        "pathlib.PosixPath",
-        "pathlib.WindowsPath",
-        "pathlib.PurePosixPath",
-        "pathlib.PureWindowsPath",
+        # pathlib._local: Python 3.13 alone.
+        *(
+            f"{module}.{name}"
+            for module in ("pathlib", "pathlib._local")
+            for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+        ),
         "datetime.datetime",
         "datetime.timedelta",
         "numpy.dtype",

@@ -100,9 +100,16 @@ def test_read_file_with_configuration_objects_beside_the_weights(tmp_path):
         class CfgNode(dict): pass
         CfgNode.__module__, config.CfgNode, yacs.config = "yacs.config", CfgNode, config
         sys.modules.update({"yacs": yacs, "yacs.config": config})
+        class PosixPath:  # as Python 3.13 names it
+            __module__ = "pathlib._local"
+            def __reduce__(self): return PosixPath, ("x",)
+        if "pathlib._local" not in sys.modules:
+            sys.modules["pathlib._local"] = types.ModuleType("pathlib._local")
+        sys.modules["pathlib._local"].PosixPath = PosixPath
         node = CfgNode(MODEL=CfgNode(NAME="vssm", DEPTHS=[2, 2, 8, 2])); node.__dict__["frozen"] = True
         content = {"model": {"a": torch.ones(3)}, "config": node, "max_accuracy": numpy.float64(82.6),
-                   "args": argparse.Namespace(lr=0.1, out=pathlib.Path("x")), "history": numpy.arange(3)}
+                   "args": argparse.Namespace(lr=0.1, out=pathlib.Path("x")), "history": numpy.arange(3),
+                   "from": PosixPath()}
         torch.save(content, sys.argv[1])
     """
     path = tmp_path / "file.pth"
