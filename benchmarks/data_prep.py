@@ -233,7 +233,7 @@ class Rows(Source):
     """A table with one image per row."""
 
     name: ClassVar[str] = "rows"
-    identifiers: ClassVar = "personal"
+    identifiers = "personal"
 
     def plan(self, tree: Tree, book: Book) -> Description:
         book.use("table.csv")

@@ -65,7 +65,7 @@ class Picture:
 class PictureSource(Source):
     """Base of the sources of published, classified pictures."""
 
-    identifiers: ClassVar = "public"
+    identifiers = "public"
     layouts: ClassVar[tuple[str, ...]] = ("monai",)
 
     split: Annotated[

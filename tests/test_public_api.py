@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -31,6 +32,18 @@ def test_networks_need_torch_alone():
     loaded = modules_after("import monai_mamba; monai_mamba.networks.NNMambaSeg")
     assert "torch" in loaded
     assert not loaded & {"monai", "timm", "torchvision", "nnunetv2", "einops", "mamba_ssm", "SimpleITK"}
+
+
+def test_annotations_can_be_evaluated_by_the_oldest_python():
+    """Typer and dataclasses evaluate them; Python 3.10 refuses a ClassVar that does not say of what."""
+    bare = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for folder in ("monai_mamba", "data_prep", "nnunet_trainers", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation).split(".")[-1] == "ClassVar"
+    ]
+    assert not bare
 
 
 def test_unknown_attribute_is_an_attribute_error():

@@ -36,7 +36,7 @@ class Amos(Source):
     """AMOS22: abdominal CT and MRI with 15 organs (imagesTr, labelsTr, imagesVa, labelsVa, imagesTs, dataset.json)."""
 
     name: ClassVar[str] = "amos"
-    identifiers: ClassVar = "public"
+    identifiers = "public"
     layouts: ClassVar[tuple[str, ...]] = ("nnunet", "monai")
 
     modality: Annotated[

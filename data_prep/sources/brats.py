@@ -117,7 +117,7 @@ class Brats(Source):
     """BraTS 2021, BraTS 2023 and BraTS 2024 GLI: one folder per visit with four channels and a tumor map."""
 
     name: ClassVar[str] = "brats"
-    identifiers: ClassVar = "public"
+    identifiers = "public"
     layouts: ClassVar[tuple[str, ...]] = ("nnunet", "monai")
 
     edition: Annotated[

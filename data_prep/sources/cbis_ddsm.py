@@ -73,7 +73,7 @@ class CbisDdsm(Source):
     """CBIS-DDSM: mammograms as pairs of CC and MLO, benign or malignant, from NBIA (DICOM) or Kaggle (JPEG)."""
 
     name: ClassVar[str] = "cbis-ddsm"
-    identifiers: ClassVar = "public"
+    identifiers = "public"
     layouts: ClassVar[tuple[str, ...]] = ("monai",)
 
     views: Annotated[

@@ -70,7 +70,7 @@ class Chexpert(Source):
     """CheXpert: chest X-rays with 14 findings, full size, -small or in batches, as pairs of views or single images."""
 
     name: ClassVar[str] = "chexpert"
-    identifiers: ClassVar = "public"
+    identifiers = "public"
     layouts: ClassVar[tuple[str, ...]] = ("monai",)
 
     views: Annotated[

@@ -22,7 +22,7 @@ class Images(Source):
     """Folder per class with PNG, JPEG, TIFF or BMP images; train, val and test folders above the classes are kept."""
 
     name: ClassVar[str] = "images"
-    identifiers: ClassVar = "personal"
+    identifiers = "personal"
     layouts: ClassVar[tuple[str, ...]] = ("monai",)
 
     patient_regex: Annotated[

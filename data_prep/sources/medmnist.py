@@ -87,7 +87,7 @@ class MedMnist(Source):
     """MedMNIST v2: NAME.npz or NAME_64.npz (128, 224), 2D sets as PNG and 3D sets as NIfTI, in the official parts."""
 
     name: ClassVar[str] = "medmnist"
-    identifiers: ClassVar = "public"
+    identifiers = "public"
     layouts: ClassVar[tuple[str, ...]] = ("monai",)
 
     set: Annotated[

@@ -51,7 +51,7 @@ class Mura(Source):
     """MURA v1.1: X-rays of the upper limb as pairs of images of a study, normal (0) or abnormal (1)."""
 
     name: ClassVar[str] = "mura"
-    identifiers: ClassVar = "public"
+    identifiers = "public"
     layouts: ClassVar[tuple[str, ...]] = ("monai",)
 
     pairs: Annotated[

@@ -77,7 +77,8 @@ class SegmentationDecoder(DeepSupervisionDecoder):
             x = run(block, torch.cat([upsample(x), skip], dim=1))
             maps.insert(0, x)
         layers = self.seg_layers if self.deep_supervision else self.seg_layers[:1]
-        return [layer(m) for layer, m in zip(layers, maps, strict=False)]
+        # As many maps as layers: torch.compile of torch 2.8 refuses a zip of unlike lengths.
+        return [layer(m) for layer, m in zip(layers, maps[: len(layers)], strict=True)]
 
 
 class _EncoderDecoder(nn.Module):

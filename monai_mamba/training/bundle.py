@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,13 @@ def start_processes(device: torch.device) -> None:
 
 
 def stop_processes() -> None:
-    """Leave the process group."""
+    """Leave the process group, and give its threads time to free the tensors of the last exchange.
+
+    DistributedDataParallel keeps gloo's threads alive. One that frees a tensor needs Python's lock, and asking for it
+    while the interpreter shuts down aborts the process, rarely, after everything is done (pytorch/pytorch#179291).
+    """
     torch.distributed.destroy_process_group()
+    time.sleep(0.2)
 
 
 def rank() -> int:
