@@ -96,21 +96,37 @@ def torch_permutation(count: int, seed: int) -> list[int]:
     return order
 
 
-def _deal(members: Sequence[tuple[str, str, str]], num_folds: int, seed: int) -> dict[str, int]:
+def stratified_group_folds(strata: Sequence[str], groups: Sequence[str], num_folds: int, seed: int) -> list[int]:
+    """Fold of every case: groups whole, strata as even as that allows.
+
+    The same for every version of scikit-learn, whose own shuffle was another before 1.8, and dealt strata unevenly.
+
+    Args:
+        strata: of every case.
+        groups: of every case.
+        num_folds: at most the number of groups.
+        seed: of the order in which groups that are alike are dealt.
+    """
     import warnings
 
     import numpy as np
     from sklearn.model_selection import StratifiedGroupKFold
 
-    y = np.unique([stratum for _, _, stratum in members], return_inverse=True)[1]
-    groups = np.unique([group for _, group, _ in members], return_inverse=True)[1]
-    folds: dict[str, int] = {}
+    y = np.unique(strata, return_inverse=True)[1]
+    names, number = np.unique(groups, return_inverse=True)
+    shuffled = np.random.RandomState(seed).permutation(len(names))[number]
+    if np.bincount(y).max() < num_folds:
+        y = np.zeros_like(y)
+    folds = np.empty(len(y), dtype=int)
     with warnings.catch_warnings():
         # A stratum with fewer members than folds cannot be in all of them; that is no reason to warn.
         warnings.simplefilter("ignore", UserWarning)
-        splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
-        if np.bincount(y).max() < num_folds:
-            y = np.zeros_like(y)
-        for fold, (_, validation) in enumerate(splitter.split(np.zeros(len(y)), y, groups)):
-            folds.update({members[i][0]: fold for i in validation})
-    return folds
+        for fold, (_, validation) in enumerate(StratifiedGroupKFold(num_folds).split(np.zeros(len(y)), y, shuffled)):
+            folds[validation] = fold
+    found: list[int] = folds.tolist()
+    return found
+
+
+def _deal(members: Sequence[tuple[str, str, str]], num_folds: int, seed: int) -> dict[str, int]:
+    keys, groups, strata = zip(*members, strict=True)
+    return dict(zip(keys, stratified_group_folds(strata, groups, num_folds, seed), strict=True))

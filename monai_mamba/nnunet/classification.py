@@ -322,7 +322,7 @@ def stratified_folds(table: ClassTable, cases: Sequence[str]) -> list[dict[str, 
     Raises:
         DatasetError: if a class has a single patient.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
+    from data_prep.splits import stratified_group_folds
 
     label = np.array([table.cases[case] for case in cases])
     patients = np.array([table.patient(case) for case in cases])
@@ -332,8 +332,10 @@ def stratified_folds(table: ClassTable, cases: Sequence[str]) -> list[dict[str, 
         raise DatasetError(
             f"the class {rarest!r} has {counts[rarest]} patients: no case would be left to train or to validate with"
         )
-    splitter = StratifiedGroupKFold(min(_NUM_FOLDS, counts[rarest]), shuffle=True, random_state=12345)
-    return [
-        {"train": [cases[i] for i in train], "val": [cases[i] for i in val]}
-        for train, val in splitter.split(np.zeros(len(cases)), label, patients)
-    ]
+    num_folds = min(_NUM_FOLDS, counts[rarest])
+    dealt = stratified_group_folds([str(i) for i in label], patients.tolist(), num_folds, seed=12345)
+    parts: list[dict[str, list[str]]] = [{"train": [], "val": []} for _ in range(num_folds)]
+    for case, own in zip(cases, dealt, strict=True):
+        for fold, part in enumerate(parts):
+            part["val" if fold == own else "train"].append(case)
+    return parts
