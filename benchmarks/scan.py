@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import importlib
 import json
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -159,42 +162,70 @@ def inputs(shape: Shape, device: str = "cpu") -> list[Tensor | None]:
 
 
 def channels_first(values: list[Tensor | None]) -> list[Tensor | None]:
-    """The same arguments as published code has them: u, delta, z ``(B, D, L)``, B and C ``(B, D, N, L)``."""
+    """The same arguments as published networks have them.
+
+    ``u``, ``delta``, ``z`` are ``(B, D, L)``, B and C ``(B, G, N, L)``, or ``(B, N, L)`` for a single group.
+    """
     u, delta, A, B, C, D, z, bias = values
-    repeat = u.shape[2] // B.shape[2]
-    B, C = (m.repeat_interleave(repeat, 2).permute(0, 2, 3, 1).contiguous() for m in (B, C))
+    B, C = (m.permute(0, 2, 3, 1).squeeze(1).contiguous() for m in (B, C))
     u, delta, z = (None if t is None else t.transpose(1, 2).contiguous() for t in (u, delta, z))
     return [u, delta, A, B, C, D, z, bias]
 
 
-def _prepared(u, delta, A, B, bias) -> tuple[Tensor, Tensor]:
-    """exp(delta A) and delta B u of all steps, ``(B, D, L, N)``."""
+def _of_channels(matrix: Tensor, channels: int) -> Tensor:
+    """B or C repeated for all channels of their groups, as published code does."""
+    return matrix if matrix.ndim == 3 else matrix.repeat_interleave(channels // matrix.shape[1], 1)
+
+
+def _steps(tensor: Tensor, axis: int, by_unbind: bool) -> Iterable[Tensor]:
+    """The steps of a sequence one by one: by ``unbind``, or by indexing, the backward pass of which is quadratic."""
+    return tensor.unbind(axis) if by_unbind else (tensor.select(axis, i) for i in range(tensor.shape[axis]))
+
+
+def _finished(outputs: list[Tensor], u: Tensor, D: Tensor, z: Tensor | None) -> Tensor:
+    y = torch.stack(outputs, 2) + D[:, None] * u
+    return y if z is None else y * F.silu(z)
+
+
+def published_loop(u, delta, A, B, C, D, z, bias, *, by_unbind: bool = False) -> Tensor:
+    """The formula to which published code falls back without CUDA: einsum before the loop and in every step."""
     delta = F.softplus(delta + bias[:, None])
-    return torch.exp(delta[..., None] * A[:, None]), (delta * u)[..., None] * B.transpose(2, 3)
-
-
-def sequential_loop(u, delta, A, B, C, D, z, bias) -> Tensor:
-    """One step after the other in the layout of published code, by indexing; its backward is quadratic in length."""
-    decay, drive = _prepared(u, delta, A, B, bias)
+    B, C = (_of_channels(m, u.shape[1]) for m in (B, C))
+    letters = "bdn" if B.ndim == 4 else "bn"
+    decay = torch.exp(torch.einsum("bdl,dn->bdln", delta, A))
+    drive = torch.einsum(f"bdl,{letters}l,bdl->bdln", delta, B, u)
     h = torch.zeros_like(drive[:, :, 0])
     outputs = []
-    for step in range(u.shape[2]):
-        h = decay[:, :, step] * h + drive[:, :, step]
-        outputs.append((h * C[..., step]).sum(-1))
-    y = torch.stack(outputs, 2) + D[:, None] * u
-    return y if z is None else y * F.silu(z)
+    for a, x, c in zip(*(_steps(t, axis, by_unbind) for t, axis in ((decay, 2), (drive, 2), (C, -1))), strict=True):
+        h = a * h + x
+        outputs.append(torch.einsum(f"bdn,{letters}->bd", h, c))
+    return _finished(outputs, u, D, z)
 
 
-def linear_loop(u, delta, A, B, C, D, z, bias) -> Tensor:
-    """The same with ``unbind`` for indexing: its backward pass takes time linear in the length."""
-    decay, drive = (t.unbind(2) for t in _prepared(u, delta, A, B, bias))
-    h = torch.zeros_like(drive[0])
+def lean_loop(u, delta, A, B, C, D, z, bias, *, by_unbind: bool = False) -> Tensor:
+    """The same by products and sums, without einsum: faster where the steps are few and wide."""
+    delta = F.softplus(delta + bias[:, None])
+    B, C = (_of_channels(m, u.shape[1]) if m.ndim == 4 else m[:, None] for m in (B, C))
+    decay = torch.exp(delta[..., None] * A[:, None])
+    drive = (delta * u)[..., None] * B.transpose(2, 3)
+    h = torch.zeros_like(drive[:, :, 0])
     outputs = []
-    for a, b, c in zip(decay, drive, C.unbind(3), strict=True):
-        h = a * h + b
+    for a, x, c in zip(*(_steps(t, axis, by_unbind) for t, axis in ((decay, 2), (drive, 2), (C, -1))), strict=True):
+        h = a * h + x
         outputs.append((h * c).sum(-1))
-    y = torch.stack(outputs, 2) + D[:, None] * u
-    return y if z is None else y * F.silu(z)
+    return _finished(outputs, u, D, z)
+
+
+def mamba_ssm_reference() -> Callable[..., Tensor] | None:
+    """The fallback in mamba-ssm's own source, if it is installed: what ``published_loop`` is held against."""
+    try:
+        # It imports its CUDA kernel, which the fallback does not use and a machine without CUDA does not have.
+        with mock.patch.dict(sys.modules, {"selective_scan_cuda": ModuleType("selective_scan_cuda")}):
+            source = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+    except (ImportError, OSError) as error:
+        print(f"mamba-ssm's loop is left out: {error}", file=sys.stderr)
+        return None
+    return lambda *values: source.selective_scan_ref(*values, delta_softplus=True)
 
 
 def with_backward(function: Callable[..., Tensor], values: list[Tensor | None]) -> Callable[[], object]:
@@ -250,7 +281,12 @@ def copy_bandwidth(clock: Clock) -> dict[str, float]:
 
 
 def scan_row(
-    name: str, backend: Backend, clock: Clock, limit: dict[str, float], rivals: dict[str, Callable], loops: bool
+    name: str,
+    backend: Backend,
+    clock: Clock,
+    limit: dict[str, float],
+    rivals: dict[str, Callable],
+    loops: dict[str, Callable],
 ) -> dict:
     """One shape: our times and memory, the limit, and what others need for the same."""
     shape = SHAPES[name]
@@ -280,13 +316,15 @@ def scan_row(
         used = clock.extra_bytes(lambda: backend.scan_backward(*outcome, *values, True))
         row["backward_extra_mb_above_gradients"] = (used - made) / 1e6
     if loops and shape.updates <= _LOOP_UPDATES:
-        published = channels_first(values)
-        row["loop_per_forward"] = clock.measure(lambda: sequential_loop(*published), 0)["ms"] / forward["ms"]
+        first = channels_first(values)
+        loop_ms = {column: clock.measure(lambda loop=loop: loop(*first), 0)["ms"] for column, loop in loops.items()}
+        row |= {f"{column}_per_forward": ms / forward["ms"] for column, ms in loop_ms.items()}
         torch_ms = clock.measure(lambda: get_backend("torch").scan_forward(*values, True, False), 0)["ms"]
-        row["loop_per_torch"] = row["loop_per_forward"] * forward["ms"] / torch_ms
+        row["loop_per_torch"] = loop_ms["loop"] / torch_ms
     if loops and shape.updates <= _LOOP_BACKWARD_UPDATES:
-        linear = clock.measure(with_backward(linear_loop, published), 0)["ms"]
-        row["linear_loop_per_forward_and_backward"] = linear / both
+        for column, loop in (("linear_loop", published_loop), ("lean_linear_loop", lean_loop)):
+            linear = with_backward(functools.partial(loop, by_unbind=True), first)
+            row[f"{column}_per_forward_and_backward"] = clock.measure(linear, 0)["ms"] / both
     for rival, scan in rivals.items():
         row[f"{rival}_per_forward"] = clock.measure(lambda scan=scan: scan(*values))["ms"] / forward["ms"]
         row[f"{rival}_per_forward_and_backward"] = clock.measure(with_backward(scan, values))["ms"] / both
@@ -501,13 +539,16 @@ def cpu_tables(arguments: argparse.Namespace) -> dict:
     clock = Clock("cpu", arguments.seconds)
     best = list(library.variants)[-1]
     variants = arguments.variants or list(library.variants)
+    loops: dict[str, Callable] = {"loop": published_loop, "lean_loop": lean_loop}
+    if (reference := mamba_ssm_reference()) is not None:
+        loops["mamba_ssm_loop"] = reference
     tables: dict = {"cpu limits": [], "cpu scan": []}
     for variant in variants:
         with use_variant(variant):
             limit = cpu_limits(variant, clock)
             tables["cpu limits"].append({"variant": variant, **limit})
             for name in SHAPES if "scan" in arguments.tables else ():
-                row = scan_row(name, get_backend("cpu"), clock, limit, {}, loops=variant == best)
+                row = scan_row(name, get_backend("cpu"), clock, limit, {}, loops if variant == best else {})
                 tables["cpu scan"].append({"variant": variant, **row})
                 print(variant, _digest(row), flush=True)
     if "ss2d" in arguments.tables:
@@ -529,7 +570,7 @@ def gpu_tables(arguments: argparse.Namespace) -> dict:
     rivals, limit = gpu_rivals(), gpu_limits(clock)
     tables: dict = {"cuda limits": [limit], "cuda scan": []}
     for name in SHAPES if "scan" in arguments.tables else ():
-        row = scan_row(name, backend, clock, limit, rivals, loops=False)
+        row = scan_row(name, backend, clock, limit, rivals, {})
         tables["cuda scan"].append(row)
         print(_digest(row), flush=True)
     if "ss2d" in arguments.tables:
