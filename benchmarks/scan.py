@@ -82,6 +82,7 @@ MAPS = {"56^2, 96": (56, 96), "28^2, 192": (28, 192), "14^2, 384": (14, 384), "7
 CONVOLUTIONS = {"32768 x 128": (32768, 128), "4096 x 256": (4096, 256), "512 x 512": (512, 512)}
 #: The loops are timed up to so many state updates: beyond, they need minutes and gigabytes.
 _LOOP_UPDATES, _LOOP_BACKWARD_UPDATES = 3.0e8, 3.0e7
+_PROBE_ROUNDS = 2000  # state updates of each lane of the probe of a GPU
 _FORWARD_TOLERANCE, _GRADIENT_TOLERANCE = 5e-7, 3e-6
 
 
@@ -486,9 +487,9 @@ def gpu_limits(clock: Clock) -> dict[str, float]:
             step = h * -1e-6
         tl.store(out + lane, h)
 
-    width, rounds = 1024, 2000
+    width, rounds = 1024, _PROBE_ROUNDS
     programs = 8 * torch.cuda.get_device_properties(0).multi_processor_count
-    out = torch.empty(programs * width, device="cuda")
+    out = torch.empty(programs * width, device=clock.device)
     best = clock.measure(lambda: gpu_probe_kernel[(programs,)](out, rounds, WIDTH=width, num_warps=4))["ms"]
     return {"update_g_per_s": programs * width * rounds / best / 1e6, **copy_bandwidth(clock)}
 

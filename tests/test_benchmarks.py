@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,8 +57,60 @@ def test_loops_of_the_scan_benchmark_compute_the_scan(scan):
     """A yardstick that computed something else, or less, would flatter."""
     values = scan.inputs(scan.SHAPES["small"])
     expected, _ = scan.get_backend("torch").scan_forward(*values, True, False)
-    for loop in (scan.sequential_loop, scan.linear_loop):
-        assert torch.allclose(loop(*scan.channels_first(values)).transpose(1, 2), expected, atol=1e-5)
+    for loop in (scan.published_loop, scan.lean_loop):
+        for by_unbind in (False, True):
+            found = loop(*scan.channels_first(values), by_unbind=by_unbind)
+            assert torch.allclose(found.transpose(1, 2), expected, atol=1e-5)
+
+
+def test_loops_take_b_and_c_of_one_group_as_published_networks_hold_them(scan):
+    values = scan.inputs(scan.Shape(1, 8, 12, 1, 4, True))
+    first = scan.channels_first(values)
+    assert first[3].shape == (1, 4, 12)
+    expected, _ = scan.get_backend("torch").scan_forward(*values, True, False)
+    for loop in (scan.published_loop, scan.lean_loop):
+        assert torch.allclose(loop(*first).transpose(1, 2), expected, atol=1e-5)
+
+
+# The tables of a GPU on the CPU, by Triton's interpreter, to be chosen before Triton is imported. This shows that
+# the script runs to its end and that its gate lets our kernels pass; the times mean nothing.
+GPU_TABLES = """
+import argparse, importlib.util, json, sys, types
+import torch
+from monai_mamba.ops import backends, triton_backend
+
+spec = importlib.util.spec_from_file_location("benchmarks_scan", sys.argv[1])
+scan = sys.modules["benchmarks_scan"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(scan)
+scan.SHAPES, scan.MAPS = {"small": scan.Shape(1, 2, 3, 1, 2, True)}, {"small": (2, 2)}
+scan.CONVOLUTIONS = {"small": (5, 8)}
+scan._PROBE_ROUNDS = 2
+scan.Clock.__init__ = lambda self, device, seconds: self.__dict__.update(device="cpu", seconds=seconds)
+scan.copy_bandwidth = lambda clock: {"copy_gb_per_s": 1.0}
+torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=1)
+triton_backend.TritonBackend.availability = lambda self: backends.Availability(True, "")
+triton_backend.TritonBackend.device_types = frozenset({"cpu"})
+torch.set_grad_enabled(False)
+tables = scan.gpu_tables(argparse.Namespace(seconds=0, tables=["scan", "ss2d", "conv"]))
+print(json.dumps(tables))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_tables_of_a_gpu_are_made_to_their_end():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(FOLDER.parent)}
+    run = subprocess.run(
+        [sys.executable, "-c", GPU_TABLES, str(FOLDER / "scan.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    tables = json.loads(run.stdout.splitlines()[-1])
+    assert tables.keys() == {"cuda limits", "cuda scan", "cuda ss2d", "cuda conv"}
+    (row,) = tables["cuda scan"]
+    assert row["forward_error"] <= 5e-7 and row["gradient_error"] <= 3e-6 and row["forward_ms"] > 0
 
 
 def test_wrong_kernel_is_never_timed(scan, monkeypatch):
