@@ -2,7 +2,8 @@
 
 Short batches leave most of a GPU idle, so the sequence is split into segments where batch and channels alone do not
 fill it: end states of all segments from zero, a carry over the segments, and the scan from the true states. The
-backward pass always works on all chunks of 64 steps at a time.
+backward pass always works on all chunks of 64 steps at a time. What can be many programs lies on the first axis of
+the grid, as the others end at 65,535.
 """
 
 from __future__ import annotations
@@ -147,10 +148,10 @@ class TritonBackend(Backend):
         x, grad_y = _dense(x), _dense(grad_y)
         taps, shift = _parameter(weight), _parameter(bias)
         grid = _conv_grid(x)
-        batch, length, channels = x.shape
+        _, length, channels = x.shape
         grad = taps.new_empty(x.shape)
-        grad_weight = taps.new_empty(batch * grid[1], channels, taps.shape[1])
-        grad_bias = None if shift is None else taps.new_empty(batch * grid[1], channels)
+        grad_weight = taps.new_empty(_conv_tiles(x), channels, taps.shape[1])
+        grad_bias = None if shift is None else taps.new_empty(_conv_tiles(x), channels)
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         with _device_of(x):
             kernels.conv_backward_filter[grid](
@@ -191,9 +192,13 @@ def _map(x, delta, A, B, C, D, delta_bias, routes, delta_softplus) -> _Problem:
     return _Problem(u, delta, A, B, C, D, None, delta_bias, delta_softplus, tuple(x.shape[1:3]), codes, True)
 
 
-def _conv_grid(x: Tensor) -> tuple[int, int, int]:
-    batch, length, channels = x.shape
-    return -(-channels // _CONV_TILE["BD"]), -(-length // _CONV_TILE["BL"]), batch
+def _conv_tiles(x: Tensor) -> int:
+    """Tiles of steps of the whole batch."""
+    return x.shape[0] * -(-x.shape[1] // _CONV_TILE["BL"])
+
+
+def _conv_grid(x: Tensor) -> tuple[int]:
+    return (_conv_tiles(x) * -(-x.shape[2] // _CONV_TILE["BD"]),)
 
 
 def _steps(t: Tensor) -> tuple[Tensor, int, int]:
@@ -295,7 +300,7 @@ def _backward(p: _Problem, grad_y: Tensor, states: Tensor | None):
     grad_A = torch.empty_like(incoming)
     grad_B, grad_C = (A.new_empty(p.blocks, batch, length, groups, d_state) for _ in range(2))
     with _device_of(p.delta):
-        kernels.segment_gradients[(programs, p.chunks)](
+        kernels.segment_gradients[(items,)](
             *(*delta, *C, A, bias, p.routes, grad, incoming, sums), *p.sizes(), *counts, p.chunks, **constants
         )
         few = {k: v for k, v in constants.items() if k in ("N", "NP", "BD", "num_warps")}

@@ -203,8 +203,8 @@ def segment_gradients(
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradient that leaves each chunk towards the one before it, if none came in from behind."""
-    b, g, block = _place(tl.program_id(0), groups, blocks)
-    chunk = tl.program_id(1)
+    chunk = tl.program_id(0) % chunks
+    b, g, block = _place(tl.program_id(0) // chunks, groups, blocks)
     d = block * BD + tl.arange(0, BD)
     n = tl.arange(0, NP)
     channels = d < E
@@ -321,6 +321,16 @@ def backward(
 
 
 @triton.jit
+def _conv_place(L, D, BL: tl.constexpr, BD: tl.constexpr):
+    """Number of the tile of steps in the batch, batch item, steps and channels of a program."""
+    blocks, tiles = tl.cdiv(D, BD), tl.cdiv(L, BL)
+    row = tl.program_id(0) // blocks
+    step = row % tiles * BL + tl.arange(0, BL)
+    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    return row.to(tl.int64), (row // tiles).to(tl.int64), step, d
+
+
+@triton.jit
 def _filtered(
     x, x_b, x_l, weight, bias, b, step, d, inside, channels, L, D,
     W: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr,
@@ -343,9 +353,7 @@ def conv_forward(
     x, x_b, x_l, weight, bias, y, L, D,
     W: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(2).to(tl.int64)
-    step = tl.program_id(1) * BL + tl.arange(0, BL)
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    _, b, step, d = _conv_place(L, D, BL, BD)
     inside, channels = step < L, d < D
     value = _filtered(x, x_b, x_l, weight, bias, b, step, d, inside, channels, L, D, W, BL, BD, BIAS)
     if SILU:
@@ -360,9 +368,7 @@ def conv_backward_filter(
     W: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Gradient before the activation, and what this tile adds to the gradients of weight and bias."""
-    b = tl.program_id(2).to(tl.int64)
-    step = tl.program_id(1) * BL + tl.arange(0, BL)
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    row, b, step, d = _conv_place(L, D, BL, BD)
     inside, channels = step < L, d < D
     tile = inside[:, None] & channels[None, :]
     place = grad_y + b * grad_y_b + step.to(tl.int64)[:, None] * grad_y_l + d[None, :]
@@ -372,7 +378,6 @@ def conv_backward_filter(
         s = _sigmoid(value)
         g = g * s * (1.0 + value * (1.0 - s))
     tl.store(grad + (b * L + step.to(tl.int64))[:, None] * D + d[None, :], g, mask=tile)
-    row = b * tl.num_programs(1) + tl.program_id(1)
     for k in tl.static_range(W):
         source = step + (k - W + 1)
         met = x + b * x_b + source.to(tl.int64)[:, None] * x_l + d[None, :]
@@ -388,9 +393,7 @@ def conv_backward_input(
     W: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of x: the same filter looking ahead."""
-    b = tl.program_id(2).to(tl.int64)
-    step = tl.program_id(1) * BL + tl.arange(0, BL)
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    _, b, step, d = _conv_place(L, D, BL, BD)
     channels = d < D
     total = tl.zeros((BL, BD), tl.float32)
     for k in tl.static_range(W):

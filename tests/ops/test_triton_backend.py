@@ -202,6 +202,36 @@ def test_split_fills_the_device_or_is_left_alone(programs, chunks, expected):
     assert (segments - 1) * per_segment < chunks <= segments * per_segment
 
 
+@needs_triton
+@pytest.mark.parametrize("shape", [(1, 8_000_000, 96), (70_000, 65, 32)], ids=["long", "many"])
+def test_no_launch_is_larger_than_a_grid_may_be(shape, monkeypatch):
+    from monai_mamba.ops import triton_kernels
+
+    grids = {}
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            grids[self.name] = grid
+            return lambda *arguments, **constants: None
+
+    for name in ("segment_ends", "carry", "forward", "segment_gradients", "backward", *_CONV):
+        monkeypatch.setattr(triton_kernels, name, Recorder(name))
+    batch, length, channels = shape
+    u, matrix = torch.empty(shape, device="meta"), torch.empty(batch, length, 1, 4, device="meta")
+    A, vector = torch.empty(channels, 4, device="meta"), torch.empty(channels, device="meta")
+    backend, values = TritonBackend(), (u, u, A, matrix, matrix, vector, u, vector)
+    _, states = backend.scan_forward(*values, True, True)
+    backend.scan_backward(u, states, *values, True)
+    backend.conv_forward(u, A, vector, True)
+    backend.conv_backward(u, u, A, vector, True)
+    assert len(grids) >= 7
+    for name, (first, *others) in grids.items():
+        assert first < 2**31 and all(n <= 65_535 for n in others), (name, first, others)
+
+
 def test_availability_and_refusals_have_reasons():
     backend = TritonBackend()
     if not torch.cuda.is_available():
