@@ -129,6 +129,11 @@ def _input_names(number: int) -> list[str]:
     return ["image"] if number == 1 else [f"image_{i}" for i in range(number)]
 
 
+def _trace(network: nn.Module, examples: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1)
+    return torch.export.export(network, examples, dynamic_shapes=tuple({0: batch} for _ in examples))
+
+
 def _write_onnx(
     network: nn.Module, examples: tuple[Tensor, ...], names: list[str], path: Path
 ) -> tuple[Callable[..., Any], int]:
@@ -139,13 +144,13 @@ def _write_onnx(
         from monai_mamba.export.onnx_scan import translation_table
     except ImportError as error:
         raise ExportError(f"ONNX needs {error.name}: pip install 'monai-mamba[export]'") from error
-    batch = torch.export.Dim("batch", min=1)
     with _quiet():
+        # Not the network: the ONNX exporter of torch 2.8 would trace it in a mode in which every convolution of a
+        # channels-last map refuses batches of one.
         program = torch.onnx.export(
-            network,
-            examples,
+            _trace(network, examples),
             dynamo=True,
-            dynamic_shapes=tuple({0: batch} for _ in examples),
+            dynamic_shapes=tuple({0: "batch"} for _ in examples),  # names the axis, no more
             input_names=names,
             custom_translation_table=translation_table(),
             verbose=False,
@@ -170,9 +175,8 @@ def _count_nodes(graph: Any) -> int:
 def _write_program(
     network: nn.Module, examples: tuple[Tensor, ...], names: list[str], path: Path
 ) -> tuple[Callable[..., Any], int]:
-    batch = torch.export.Dim("batch", min=1)
     with _quiet():
-        program = torch.export.export(network, examples, dynamic_shapes=tuple({0: batch} for _ in examples))
+        program = _trace(network, examples)
         # By handle: torch insists on the suffix .pt2, which the temporary file does not have.
         with open(path, "wb") as file:
             torch.export.save(program, file)

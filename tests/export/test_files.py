@@ -74,6 +74,8 @@ def test_onnx_file_equals_network_for_every_batch_size(tmp_path, case):
     model = onnx.load(report.path)
     onnx.checker.check_model(model, full_check=True)
     assert {node.domain for node in model.graph.node} == {""}
+    axes = [value.type.tensor_type.shape.dim for value in [*model.graph.input, *model.graph.output]]
+    assert {shape[0].dim_param for shape in axes} == {"batch"}
     session = onnxruntime.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
     images = [torch.randn(5, *image.shape[1:]) for image in example]
     feeds = {i.name: image.numpy() for i, image in zip(session.get_inputs(), images, strict=True)}
