@@ -29,13 +29,14 @@ class GradientGuard:
 
     Attributes:
         num_skipped: steps skipped so far.
+        is_step_attempted: whether the optimizer's step has been called in the training step that is being counted.
     """
 
     def __init__(self, max_consecutive: int = MAX_CONSECUTIVE_SKIPS) -> None:
         self.max_consecutive = max_consecutive
         self.num_skipped = 0
         self._consecutive = 0
-        self._attempted = False
+        self.is_step_attempted = False
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Look at the gradients before every step of this optimiser."""
@@ -48,13 +49,13 @@ class GradientGuard:
         Raises:
             NonFiniteGradients: after `max_consecutive` skipped steps in a row.
         """
-        self._attempted = False
+        self.is_step_attempted = False
         yield
-        if not self._attempted:
+        if not self.is_step_attempted:
             self._skip()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, _arguments: Any, _keywords: Any) -> None:
-        self._attempted = True
+        self.is_step_attempted = True
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms = torch._foreach_norm([p.grad for p in parameters])
         if not parameters or bool(torch.isfinite(torch.stack(norms)).all()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pydoc
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,12 @@ from torch import nn
 from monai_mamba.errors import CheckpointError
 from monai_mamba.networks import NNMambaSeg
 from monai_mamba.nnunet.checkpoint import load_or_previous, previous_path, replace_atomically
+from monai_mamba.nnunet.compilation import (
+    MeasuredCompilation,
+    compile_setting,
+    measuring_conditions,
+    refusal_to_measure,
+)
 from monai_mamba.nnunet.guard import GradientGuard
 from monai_mamba.nnunet.randomness import capture_random_state, restore_random_state
 from monai_mamba.nnunet.workers import explained_failures, export_failure, loading_failure, worker_processes
@@ -62,6 +69,7 @@ class MambaTrainer(nnUNetTrainer):
         with_autocast: float16 autocast on CUDA, as nnU-Net does; the scan computes in float32 either way.
         pretrained_weights: a published weight file for the network or its encoder, see
             :func:`monai_mamba.weights.load_pretrained`; the variable ``MONAI_MAMBA_WEIGHTS`` goes before it.
+        compile_backend: of torch.compile for `nnUNet_compile=measure`.
         epochs, iterations_per_epoch, val_iterations_per_epoch, max_batch_size: None for nnU-Net's own.
     """
 
@@ -74,6 +82,7 @@ class MambaTrainer(nnUNetTrainer):
     with_deep_supervision = True
     with_autocast = True
     pretrained_weights: str | None = None
+    compile_backend: Any = "inductor"
     epochs: int | None = None
     iterations_per_epoch: int | None = None
     val_iterations_per_epoch: int | None = None
@@ -97,6 +106,7 @@ class MambaTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
     ) -> None:
+        compile_setting()  # a wrong value is refused before anything is written
         is_continued = plans.get("continue_training", False)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self._check_plans()
@@ -185,11 +195,27 @@ class MambaTrainer(nnUNetTrainer):
         self._guard.watch(self.optimizer)
         if not self.with_autocast:
             self.grad_scaler = None  # gradients of float32 need no scaling
+        self._compilation = self._make_compilation() if compile_setting() == "measure" else None
 
     def _do_i_compile(self) -> bool:
         # nnU-Net compiles by default on CUDA. Here that is the user's word: on a CPU it gains a few percent at most for
         # minutes of waiting (benchmarks/compile.py), and nobody has measured it on CUDA.
-        return os.environ.get("nnUNet_compile", "").lower() in ("true", "1", "t") and super()._do_i_compile()
+        return compile_setting() == "on" and super()._do_i_compile()
+
+    def _make_compilation(self) -> MeasuredCompilation | None:
+        if reason := refusal_to_measure(self.device, self.is_ddp):
+            self.print_to_log_file(f"nnUNet_compile=measure: {reason}; training stays plain")
+            return None
+        return MeasuredCompilation(
+            self.network,
+            self.optimizer,
+            self.grad_scaler,
+            self._guard,
+            self.device,
+            compile=partial(torch.compile, backend=self.compile_backend),
+            conditions=measuring_conditions(self.device, self.configuration_manager.patch_size, self.batch_size),
+            log=self.print_to_log_file,
+        )
 
     def _set_batch_size_and_oversample(self) -> None:
         super()._set_batch_size_and_oversample()
@@ -252,9 +278,25 @@ class MambaTrainer(nnUNetTrainer):
             train_outputs = [o if np.isfinite(o["loss"]) else {**o, "loss": mean} for o in train_outputs]
         super().on_train_epoch_end(train_outputs)
 
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self._compilation is not None:
+            self._compilation.steps_left = (self.num_epochs - self.current_epoch) * self.num_iterations_per_epoch
+
     def train_step(self, batch: dict) -> dict:
         with self._guard.count():
+            if self._compilation is None:
+                return super().train_step(batch)
+            return self._compilation.step(partial(self._train_step_with, batch))
+
+    def _train_step_with(self, batch: dict, network: nn.Module) -> dict:
+        # The compiled network is there for the training step alone: all else, validation and checkpoints too, sees the
+        # plain one on the same parameters.
+        plain, self.network = self.network, network
+        try:
             return super().train_step(batch)
+        finally:
+            self.network = plain
 
     def run_training(self) -> None:
         with explained_failures(self, loading_failure):
@@ -288,6 +330,7 @@ class MambaTrainer(nnUNetTrainer):
             "trainer_name": type(self).__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             "random_state": capture_random_state(),
+            "compilation": None if self._compilation is None else self._compilation.state(),
         }
         replace_atomically(filename, lambda name: torch.save(checkpoint, name))
 
@@ -322,8 +365,9 @@ class MambaTrainer(nnUNetTrainer):
         self.inference_allowed_mirroring_axes = checkpoint.get(
             "inference_allowed_mirroring_axes", self.inference_allowed_mirroring_axes
         )
-
         self._random_state = checkpoint.get("random_state")
+        if self._compilation is not None:
+            self._compilation.resume(checkpoint.get("compilation"))
 
     def _check_checkpoint(self, checkpoint: dict, weights: dict[str, torch.Tensor], path: str | None) -> None:
         if missing := [

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
 DATASET_ID = 501
 
@@ -112,3 +113,42 @@ def fresh_results(planned) -> NNUNetFolders:
     """The planned data set with an empty results folder."""
     shutil.rmtree(planned.results, ignore_errors=True)
     return planned
+
+
+@pytest.fixture
+def make_trainer(planned, monkeypatch, tmp_path):
+    """Build an initialized trainer by name, for a plan that may be changed."""
+    for name in _FOLDERS:
+        monkeypatch.setenv(name, str(planned.root / name.removeprefix("nnUNet_")))
+
+    def make(name="nnMambaTrainerQuick", configuration="3d_fullres", patch_size=None, network=None, channels=1):
+        from monai_mamba.nnunet.lookup import find_trainer
+
+        plans = json.loads((planned.preprocessed / "nnUNetPlans.json").read_text())
+        plans["continue_training"] = False
+        if network is not None:
+            plans["configurations"][configuration]["architecture"]["network_class_name"] = network
+        if patch_size is not None:
+            plans["configurations"][configuration]["patch_size"] = list(patch_size)
+        dataset_json = json.loads((planned.preprocessed / "dataset.json").read_text())
+        dataset_json["channel_names"] = {str(i): "MRI" for i in range(channels)}
+        trainer = find_trainer(name)(plans, configuration, 0, dataset_json, torch.device("cpu"))
+        trainer.output_folder = str(tmp_path)
+        trainer.log_file = str(tmp_path / "log.txt")
+        trainer.initialize()
+        return trainer
+
+    return make
+
+
+def random_batch(trainer, batch_size=2):
+    size = trainer.configuration_manager.patch_size
+    scales = trainer._get_deep_supervision_scales() or [[1.0] * len(size)]
+    targets = [
+        torch.randint(0, 3, (batch_size, 1, *(round(n * s) for n, s in zip(size, scale, strict=True)))).float()
+        for scale in scales
+    ]
+    return {
+        "data": torch.randn(batch_size, trainer.num_input_channels, *size),
+        "target": targets if trainer.enable_deep_supervision else targets[0],
+    }

@@ -69,12 +69,13 @@ def _part(batch: dict, rank: int) -> dict:
 
 
 def _work(rank: int, port: int, root: str, output: str, environment: dict[str, str]) -> None:
-    os.environ.update(environment, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(environment, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), nnUNet_compile="measure")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     trainer = _trainer(root, output)
     assert trainer.is_ddp and trainer.local_rank == rank and trainer.batch_size == 1
     losses = [trainer.train_step(_part(_batch(), rank))["loss"] for _ in range(2)]
+    assert trainer._compilation is None
     # A loss that is not finite on one of the processes only must not stop the others.
     outputs = [{"loss": np.array(np.nan if rank == 1 and i == 0 else loss)} for i, loss in enumerate(losses)]
     trainer.on_train_epoch_end(outputs)
@@ -107,6 +108,10 @@ def test_two_processes_train_as_one(planned, tmp_path, monkeypatch):
     assert not (tmp_path / "checkpoint_of_rank_1.pth").exists()
     assert first["epoch_loss"] == pytest.approx(second["epoch_loss"])
     assert np.isfinite(first["epoch_loss"])
+    log = (tmp_path / "log_0.txt").read_text()
+    assert (
+        "nnUNet_compile=measure: not with several processes, where it has not been tried; training stays plain" in log
+    )
 
     alone = _trainer(root, str(tmp_path))
     assert not alone.is_ddp and alone.batch_size == 2
