@@ -322,6 +322,23 @@ def test_scan_strong_decay_stays_finite_and_right(variant, strength, d_state):
             assert error_of(gradient, expected[name]) <= GRADIENT_TOLERANCE, name
 
 
+@pytest.mark.parametrize("name", ["delta", "A"])
+def test_a_nan_does_not_hide_a_strong_decay_beside_it(variant, name):
+    """A chunk is looked through for exponents beyond 2^-126; channels 4, 8 or 16 apart share a lane there."""
+    values = {k: v.float() for k, v in scan_inputs(1, 40, 32, d_state=8).items()}
+    values["delta"][..., 3::4] += 300
+    values[name][(0, 5, 3) if name == "delta" else (3, 0)] = float("nan")
+    y, found = run(scan, as_leaves(values, torch.float32), "cpu")
+    expected_y, expected = run(scan, as_leaves(values, torch.float64), "reference")
+    good = torch.isfinite(expected_y)
+    assert good.sum() > 1000 and torch.equal(torch.isfinite(y), good)
+    assert error_of(y[good], expected_y[good]) <= FORWARD_TOLERANCE
+    for key in ("u", "delta", "A"):
+        good = torch.isfinite(expected[key])
+        assert good.any() and torch.equal(torch.isfinite(found[key]), good), key
+        assert error_of(found[key][good], expected[key][good]) <= GRADIENT_TOLERANCE, key
+
+
 def test_scan_growing_state_overflows_to_infinity(variant):
     """Positive A is allowed; its overflow is infinity, not a wrapped exponent."""
     ones = torch.ones(1, 300, 16)

@@ -194,7 +194,7 @@ INLINE float backward_prologue(const int softplus, const int gated, const backwa
             EACH grad[i] *= gate[i] * open[i];
             EACH store(s->y + at + i * LANES, x[i] * load(D + GROUP_LANE(i)));
         }
-        if (!EXP2_NEEDS_NO_BOUND) EACH largest = at_least(magnitude(d[i]), largest);
+        if (!EXP2_NEEDS_NO_BOUND) EACH largest = larger(magnitude(d[i]), largest);
         EACH store(s->step + at + i * LANES, d[i]);
         EACH store(s->drive + at + i * LANES, d[i] * x[i]);
         EACH store(s->grad + at + i * LANES, grad[i]);

@@ -78,7 +78,7 @@ INLINE float forward_prologue(const int softplus, const int gated, const int acc
         EACH sum[i] = x[i] * load(D + GROUP_LANE(i));
         if (softplus) softplus_many(GROUP, &k, d);
         if (accumulate) EACH sum[i] += load_unaligned(row_at(&w->y, t + GROUP_ROW(i)) + GROUP_LANE(i));
-        if (!EXP2_NEEDS_NO_BOUND) EACH largest = at_least(magnitude(d[i]), largest);
+        if (!EXP2_NEEDS_NO_BOUND) EACH largest = larger(magnitude(d[i]), largest);
         EACH store(step + i * LANES, d[i]);
         EACH store(drive + i * LANES, d[i] * x[i]);
         EACH store(y + i * LANES, sum[i]);
@@ -118,20 +118,20 @@ INLINE void advance_states(const int count, const int bounded, const int gated, 
     UNROLL for (int n = 0; n < count; n++) h[n] = load(state + n * MM_BLOCK);
     for (int64_t t = 0; t < w->steps; t++) {
         vf d = load(w->step + t * MM_BLOCK), x = load(w->drive + t * MM_BLOCK);
-        vf even = load(w->y + t * MM_BLOCK), odd = {0};
+        vf before = load(w->y + t * MM_BLOCK), sums[2];
         const float *Bt = B + t * w->stride, *Ct = C + t * w->stride;
         for (int i = from; i < to; i++) __builtin_prefetch(row_at(&ahead->rows[i], t), 0, 2);
         UNROLL for (int n = 0; n < count; n++) {
             vf exponent = d * load(rates + n * MM_BLOCK);
             h[n] = (bounded ? exp2_bounded(&k, exponent) : exp2_any(&k, exponent)) * h[n] + x * Bt[n];
-            if (n & 1)
-                odd += h[n] * Ct[n];
+            if (n < 2)
+                sums[n] = h[n] * Ct[n];
             else
-                even += h[n] * Ct[n];
+                sums[n & 1] += h[n] * Ct[n];
         }
-        if (count > 1) even += odd;
-        if (gated) even *= load(w->gate + t * MM_BLOCK);
-        store_unaligned(row_at(out, t), even);
+        vf sum = before + (sums[0] + sums[1]); /* in this order: hundreds of states round seldom at the size of their sum */
+        if (gated) sum *= load(w->gate + t * MM_BLOCK);
+        store_unaligned(row_at(out, t), sum);
     }
     UNROLL for (int n = 0; n < count; n++) store(state + n * MM_BLOCK, h[n]);
 }

@@ -18,6 +18,7 @@
 #include <unistd.h>
 #endif
 #if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
 #include <xmmintrin.h>
 #endif
 
@@ -43,23 +44,42 @@ extern const mm_kernels mm_kernels_avx512;
 
 enum { BASELINE, AVX2, AVX512, NUM_VARIANTS };
 
+#if defined(MM_HAVE_AVX2) || defined(MM_HAVE_AVX512)
+/* The best variant that the processor has the instructions for and the system keeps the registers of. Asked of the processor
+ * itself, because __builtin_cpu_supports needs a library that Clang does not link everywhere. */
+static int64_t ask_processor(void) {
+    const unsigned int in_1 = 1u << 12 | 1u << 27 | 1u << 28 | 1u << 29; /* ECX of leaf 1: FMA, XGETBV, AVX, F16C */
+    const unsigned int in_7 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* EBX of leaf 7: AVX-512 F, DQ, BW, VL */
+    unsigned int a, b, c, d, kept, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & in_1) != in_1) return BASELINE;
+    __asm__ volatile("xgetbv" : "=a"(kept), "=d"(high) : "c"(0));
+    if ((kept & 0x6u) != 0x6u) return BASELINE;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & 1u << 5)) return BASELINE;
+#if defined(__APPLE__)
+    kept |= 0xe0u; /* macOS keeps the registers of AVX-512 from their first use on, and says so only then */
+#endif
+    return (b & in_7) == in_7 && (kept & 0xe0u) == 0xe0u ? AVX512 : AVX2;
+}
+
+static int64_t best_variant(void) {
+    static int64_t known = -1; /* a virtual machine takes microseconds to answer */
+    int64_t best = __atomic_load_n(&known, __ATOMIC_RELAXED);
+    if (best < 0) __atomic_store_n(&known, best = ask_processor(), __ATOMIC_RELAXED);
+    return best;
+}
+#endif
+
 static const mm_kernels *variant(int64_t index) {
     switch (index) {
     case BASELINE:
         return &mm_kernels_baseline;
 #ifdef MM_HAVE_AVX2
     case AVX2:
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-            return &mm_kernels_avx2;
-        return NULL;
+        return best_variant() >= AVX2 ? &mm_kernels_avx2 : NULL;
 #endif
 #ifdef MM_HAVE_AVX512
     case AVX512:
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-            __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-            return &mm_kernels_avx512;
-        return NULL;
+        return best_variant() >= AVX512 ? &mm_kernels_avx512 : NULL;
 #endif
     default:
         return NULL;
@@ -127,6 +147,8 @@ static int wait_for_stage(work *w, int64_t stage) {
 #endif
 #ifdef MM_THREADS
         if (rounds > 1000) sched_yield(); /* the others may be waiting for this very processor */
+#else
+        (void)rounds;
 #endif
     }
     return 1;

@@ -260,7 +260,7 @@ static void vector_in(const float *row, int64_t count, float *tile) {
 static float fastest_rate(const float *rates, int64_t N) {
     vf largest = {0};
     if (EXP2_NEEDS_NO_BOUND) return 0.0f;
-    for (int64_t i = 0; i < N * MM_BLOCK; i += LANES) largest = at_least(magnitude(load(rates + i)), largest);
+    for (int64_t i = 0; i < N * MM_BLOCK; i += LANES) largest = larger(magnitude(load(rates + i)), largest);
     return largest_lane(largest);
 }
 

@@ -56,7 +56,12 @@ typedef int32_t v4i __attribute__((vector_size(16)));
 typedef float v4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__) /* which passes over the pragma of GCC; a count that is not constant is not worth a warning */
+#define UNROLL _Pragma("clang loop unroll(full)")
+#pragma clang diagnostic ignored "-Wpass-failed"
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 /* __builtin_shufflevector is in Clang, but in GCC only from version 12 on. */
 #if defined(__clang__)
@@ -92,6 +97,13 @@ INLINE vf at_most(vf bound, vf x) { return (vf)vminq_f32((float32x4_t)bound, (fl
 #else
 INLINE vf at_least(vf bound, vf x) { return choose(bound > x, bound, x); }
 INLINE vf at_most(vf bound, vf x) { return choose(bound < x, bound, x); }
+#endif
+
+/* The larger one lane by lane; a NaN in x is passed over, which the maximum of NEON above does not do. */
+#if defined(__ARM_NEON) && defined(__aarch64__) && MM_LANES == 4
+INLINE vf larger(vf x, vf largest) { return (vf)vmaxnmq_f32((float32x4_t)x, (float32x4_t)largest); }
+#else
+INLINE vf larger(vf x, vf largest) { return at_least(x, largest); }
 #endif
 
 INLINE float largest_lane(vf x) {
