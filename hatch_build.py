@@ -43,12 +43,22 @@ class CustomBuildHook(BuildHookInterface):
             return
         build_data["force_include"][str(library)] = f"monai_mamba/ops/{cpu_build.LIBRARY_NAME}"
         build_data["pure_python"] = False
-        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        build_data["tag"] = f"py3-none-{platform}"
+        build_data["tag"] = f"py3-none-{platform_tag(cpu_build.host(), cpu_build.MACOS_VERSION)}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         if hasattr(self, "_folder"):
             self._folder.cleanup()
+
+
+def platform_tag(target: tuple[str, str], macos_version: str) -> str:
+    """Return the platform of a wheel with a library for ``target``, a pair of system and machine."""
+    system, machine = target
+    if system == "darwin":
+        # Not in the words of Python, which may be made for two processors (universal2) where the library is made for
+        # one, or leave out the ".0" of the version.
+        machine = {"aarch64": "arm64"}.get(machine, machine)
+        return f"macosx_{macos_version}_{machine}".replace(".", "_")
+    return sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 
 def _load(path: Path) -> ModuleType:

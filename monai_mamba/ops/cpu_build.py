@@ -7,14 +7,18 @@ PyTorch nor this package is installed.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 SOURCES = Path(__file__).with_name("csrc")
 LIBRARY_NAME = "libmonai_mamba_ops" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
@@ -22,8 +26,10 @@ LIBRARY_NAME = "libmonai_mamba_ops" + {"win32": ".dll", "darwin": ".dylib"}.get(
 #: Set to 0 to keep the package from ever calling a compiler.
 BUILD_VARIABLE = "MONAI_MAMBA_BUILD"
 
+#: The oldest macOS that PyTorch runs on.
+MACOS_VERSION = "11.0"
+
 _TIMEOUT = 300  # seconds for one compiler call; a loaded machine needs about ten
-_X86 = ("x86_64", "amd64")
 # Added to the variant that every processor of the architecture can run.
 _VARIANT_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -34,9 +40,18 @@ _VARIANT_FLAGS = {
 }
 # No -ffast-math: NaN and infinity must come through, and the rounding trick of exp2_ must not be "simplified".
 _FLAGS = (
-    *("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
+    *("-std=gnu11", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
     *("-ffp-contract=fast", "-Wno-psabi"),
 )
+# Without tables for unwinding GCC aligns the stack for vectors of 32 and 64 bytes on Windows too (its bug 54412).
+_SYSTEM_FLAGS = {
+    "win32": ("-fno-asynchronous-unwind-tables",),
+    "darwin": ("-fPIC", f"-mmacosx-version-min={MACOS_VERSION}"),
+}
+# Some compilers make code for more than that, or for the machine they run on, unless told.
+_MACHINE_FLAGS = {"x86_64": ("-march=x86-64",)}
+_LINK_FLAGS = {"win32": ("-shared",)}
+_MACHINES = {"amd64": "x86_64", "arm64": "aarch64", "powerpc64le": "ppc64le"}
 
 
 class BuildError(Exception):
@@ -56,65 +71,155 @@ def is_allowed() -> bool:
     return os.environ.get(BUILD_VARIABLE, "1") not in ("0", "false", "no")
 
 
-def find_compiler() -> str | None:
-    """Return the C compiler: the one in ``CC``, else the first of cc, gcc and clang."""
-    for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
-        path = shutil.which(name) if name else None
+class Target(NamedTuple):
+    """What code is made for: ``system`` in the words of ``sys.platform``, ``machine`` in those of Linux."""
+
+    system: str
+    machine: str
+
+
+def host() -> Target:
+    """Return what this Python runs on."""
+    # Windows runs programs for x86-64 on ARM too, where `platform` tells of the processor.
+    name = sysconfig.get_platform().removeprefix("win-") if sys.platform == "win32" else platform.machine()
+    return Target(sys.platform, _machine(name))
+
+
+def find_compiler() -> tuple[str, ...] | None:
+    """Return the command of the C compiler: ``CC``, else the first of cc, gcc, clang and the package ziglang.
+
+    ``CC`` is a program or a command with arguments; if it names none that is there, no other is taken.
+    """
+    chosen = os.environ.get("CC", "").strip()
+    if chosen:
+        whole = shutil.which(chosen)
+        name, *arguments = [whole] if whole else shlex.split(chosen, posix=os.name == "posix")
+        path = shutil.which(name)
+        return (path, *arguments) if path else None
+    for name in ("cc", "gcc", "clang"):
+        path = shutil.which(name)
         if path:
-            return path
+            return (path,)
+    if importlib.util.find_spec("ziglang"):
+        return (sys.executable, "-m", "ziglang", "cc")
     return None
 
 
-def build(target: Path, *, extra_flags: Sequence[str] = (), variants: Sequence[str] | None = None) -> Path:
-    """Compile the library to ``target``, which appears whole or not at all.
-
-    Args:
-        target: file to write; its folder must exist.
-        extra_flags: added to every compiler call, for sanitizer builds.
-        variants: instruction sets beside the baseline; default all of this architecture. One that the compiler does
-            not know is left out.
+def target_of(compiler: Sequence[str]) -> Target:
+    """Ask a compiler what it makes code for.
 
     Raises:
-        BuildError: if there is no compiler or it fails.
+        BuildError: if it does not answer like GCC and Clang do.
+    """
+    command = " ".join(compiler)
+    if Path(compiler[0]).stem.lower() in ("cl", "clang-cl"):
+        raise BuildError(f"{command} cannot compile the C library, which needs GCC or Clang (gcc, clang); set CC")
+    run = subprocess.run(
+        [*compiler, "-dumpmachine"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=_TIMEOUT,
+    )
+    triple = run.stdout.strip().lower()
+    if run.returncode or "-" not in triple:
+        raise BuildError(f"{command} failed: {_first_error(run.stderr, run.returncode)}")
+    machine, _, rest = triple.partition("-")
+    systems = {"mingw": "win32", "windows": "win32", "cygwin": "cygwin", "msys": "cygwin", "linux": "linux"}
+    systems |= {"darwin": "darwin", "macos": "darwin"}
+    return Target(next((system for word, system in systems.items() if word in rest), sys.platform), _machine(machine))
+
+
+def build(
+    file: Path,
+    *,
+    extra_flags: Sequence[str] = (),
+    variants: Sequence[str] | None = None,
+    target: Target | None = None,
+) -> Path:
+    """Compile the library to ``file``, which appears whole or not at all.
+
+    Args:
+        file: file to write; its folder must exist.
+        extra_flags: added to every compiler call, for sanitizer builds.
+        variants: instruction sets beside the baseline; default all of the architecture. One that the compiler does
+            not know is left out.
+        target: what the compiler must make code for; default what this Python runs on.
+
+    Raises:
+        BuildError: if there is no compiler, or it makes code for something else, or it fails.
     """
     compiler = find_compiler()
     if compiler is None:
-        raise BuildError("no C compiler found (looked for $CC, cc, gcc, clang)")
-    if variants is None:
-        variants = tuple(_VARIANT_FLAGS) if platform.machine().lower() in _X86 else ()
+        raise BuildError(_no_compiler())
+    command = " ".join(compiler)
     try:
-        with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
+        found, wanted = target_of(compiler), target or host()
+        if found != wanted:
+            raise BuildError(
+                f"{command} makes code for {' '.join(found)}, needed is {' '.join(wanted)}; set CC to one for that"
+            )
+        if variants is None:
+            variants = tuple(_VARIANT_FLAGS) if wanted.machine == "x86_64" else ()
+        with tempfile.TemporaryDirectory(prefix=".build-", dir=file.parent) as folder:
             work = Path(folder)
-            flags = (*_FLAGS, *extra_flags, f'-DMM_SOURCE_HASH="{source_hash()}"')
+            flags = (
+                *(*_FLAGS, *_SYSTEM_FLAGS.get(wanted.system, ("-fPIC",)), *_MACHINE_FLAGS.get(wanted.machine, ())),
+                *(*extra_flags, f'-DMM_SOURCE_HASH="{source_hash()}"'),
+            )
             runs = {
                 name: _start(compiler, "kernels.c", work / f"{name}.o", (*flags, f"-DMM_VARIANT={name}", *more))
                 for name, more in (("baseline", ()), *((v, _VARIANT_FLAGS[v]) for v in variants))
             }
             errors = {name: _finish(run) for name, run in runs.items()}
             if errors["baseline"]:
-                raise BuildError(f"{compiler} failed: {errors['baseline']}")
+                raise BuildError(f"{command} failed: {errors['baseline']}")
             compiled = [name for name, error in errors.items() if not error]
             have = tuple(f"-DMM_HAVE_{name.upper()}" for name in compiled if name != "baseline")
             objects = [str(work / f"{name}.o") for name in compiled]
-            linked = work / target.name
-            more_link = ("-shared", *have, *objects) + (() if sys.platform == "win32" else ("-pthread",))
+            linked = work / file.name
+            more_link = (*_LINK_FLAGS.get(wanted.system, ("-shared", "-pthread")), *have, *objects)
             error = _finish(_start(compiler, "library.c", linked, (*flags, *more_link), link=True))
             if error:
-                raise BuildError(f"{compiler} failed to link: {error}")
-            with open(linked, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(linked, target)
+                raise BuildError(f"{command} failed to link: {error}")
+            with open(linked, "r+b") as whole:  # Windows brings to the disk only what may be written
+                os.fsync(whole.fileno())
+            os.replace(linked, file)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{command} gave no answer within {_TIMEOUT} s") from error
     except OSError as error:
-        raise BuildError(f"cannot build in {target.parent}: {error}") from error
-    return target
+        raise BuildError(f"cannot build in {file.parent}: {error}") from error
+    return file
+
+
+def _machine(name: str) -> str:
+    return _MACHINES.get(name.lower(), name.lower())
+
+
+def _no_compiler() -> str:
+    if os.environ.get("CC", "").strip():
+        return f"no C compiler found: CC is {os.environ['CC']!r}, which is not there; correct or unset it"
+    cure = {
+        "win32": "MinGW-w64 or Clang on the PATH, or `pip install ziglang` (Visual C++ cannot compile the library)",
+        "darwin": "`xcode-select --install`",
+    }
+    return (
+        "no C compiler found (looked for cc, gcc, clang and the package ziglang); "
+        f"install one: {cure.get(sys.platform, 'the package gcc of the system, or `pip install ziglang`')}"
+    )
 
 
 def _start(
-    compiler: str, source: str, output: Path, flags: Sequence[str], *, link: bool = False
+    compiler: Sequence[str], source: str, output: Path, flags: Sequence[str], *, link: bool = False
 ) -> subprocess.Popen[str]:
-    command = [compiler, str(SOURCES / source), *flags, *(() if link else ("-c",)), "-o", str(output)]
     return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+        [*compiler, str(SOURCES / source), *flags, *(() if link else ("-c",)), "-o", str(output)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
     )
 
 
@@ -126,7 +231,9 @@ def _finish(run: subprocess.Popen[str]) -> str:
         run.kill()
         run.communicate()
         return f"no answer within {_TIMEOUT} s"
-    if run.returncode == 0:
-        return ""
+    return _first_error(stderr, run.returncode) if run.returncode else ""
+
+
+def _first_error(stderr: str, returncode: int) -> str:
     lines = [line for line in stderr.splitlines() if "error" in line.lower()] or stderr.splitlines()
-    return lines[0].strip() if lines else f"exit code {run.returncode}"
+    return lines[0].strip() if lines else f"exit code {returncode}"

@@ -246,7 +246,11 @@ def _find_or_build() -> Library:
         with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as work:
             built = cpu_build.build(Path(work, cpu_build.LIBRARY_NAME))
             final = folder / f"{stem}{_digest(built)}{suffix}"
-            os.replace(built, final)
+            try:
+                os.replace(built, final)
+            except PermissionError:  # Windows: another process has just made the same and is using it
+                if not final.exists():
+                    raise
         return Library(final)
     except OSError as error:
         raise LibraryError(f"{reason}cannot write to {folder}: {error.strerror}; set {CACHE_VARIABLE}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -121,12 +122,108 @@ def test_switched_off_build_is_a_reason_not_an_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failing_compiler_is_a_reason_with_its_first_error(tmp_path):
-    compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\necho 'x.c:1: error: this compiler is broken' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    shown = python(SHOW, tmp_path / "cache", CC=str(compiler))
+def script(path, text):
+    """A program for the shell; its path."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+needs_shell = pytest.mark.skipif(os.name != "posix", reason="the compiler of the test is a shell script")
+
+
+@needs_shell
+@pytest.mark.parametrize("answer", ["", 'test "$1" = -dumpmachine && exec cc -dumpmachine;'], ids=["at once", "later"])
+def test_failing_compiler_is_a_reason_with_its_first_error(tmp_path, answer):
+    compiler = script(tmp_path / "cc", f"{answer} echo 'x.c:1: error: this compiler is broken' >&2\nexit 1")
+    shown = python(SHOW, tmp_path / "cache", CC=compiler)
     assert shown.startswith("False") and "this compiler is broken" in shown
+
+
+@needs_shell
+@pytest.mark.parametrize(
+    ("triple", "expected"),
+    [
+        ("x86_64-linux-gnu", ("linux", "x86_64")),
+        ("aarch64-unknown-linux-musl", ("linux", "aarch64")),
+        ("arm64-apple-darwin23.6.0", ("darwin", "aarch64")),
+        ("x86_64-unknown-macos", ("darwin", "x86_64")),
+        ("x86_64-w64-mingw32", ("win32", "x86_64")),
+        ("aarch64-pc-windows-msvc", ("win32", "aarch64")),
+        ("x86_64-pc-cygwin", ("cygwin", "x86_64")),
+    ],
+)
+def test_target_is_what_the_compiler_says(tmp_path, triple, expected):
+    assert (
+        cpu_build.target_of([script(tmp_path / "cc", f'test "$*" = "-x -dumpmachine" && echo {triple}'), "-x"])
+        == expected
+    )
+
+
+def test_compilers_of_this_machine_make_code_for_it():
+    compiler = cpu_build.find_compiler()
+    if compiler is None:
+        pytest.skip("no C compiler")
+    assert cpu_build.target_of(compiler) == cpu_build.host()
+
+
+@needs_shell
+def test_compiler_for_another_machine_is_a_reason_with_the_cure(tmp_path):
+    compiler = script(tmp_path / "cc", "echo i686-w64-mingw32")
+    shown = python(SHOW, tmp_path / "cache", CC=compiler)
+    wanted = " ".join(cpu_build.host())
+    assert shown == f"False {compiler} makes code for win32 i686, needed is {wanted}; set CC to one for that"
+
+
+@needs_shell
+def test_compiler_may_have_arguments(tmp_path, monkeypatch):
+    program = script(tmp_path / "the compiler", "")
+    monkeypatch.setenv("CC", program)
+    assert cpu_build.find_compiler() == (program,)
+    monkeypatch.setenv("CC", f"'{program}' -target x")
+    assert cpu_build.find_compiler() == (program, "-target", "x")
+
+
+def test_compiler_that_is_named_but_not_there_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler -O3")
+    with pytest.raises(cpu_build.BuildError, match=r"CC is 'no-such-compiler -O3', which is not there"):
+        cpu_build.build(tmp_path / cpu_build.LIBRARY_NAME)
+
+
+@pytest.mark.parametrize("platform", ["linux", "win32", "darwin"])
+def test_without_compiler_the_message_says_how_to_get_one(tmp_path, monkeypatch, platform):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(cpu_build, "find_compiler", lambda: None)
+    cure = {"linux": "gcc", "win32": "Visual C\\+\\+ cannot", "darwin": "xcode-select"}[platform]
+    with pytest.raises(cpu_build.BuildError, match=f"no C compiler found.*install one:.*{cure}"):
+        cpu_build.build(tmp_path / cpu_build.LIBRARY_NAME)
+
+
+@needs_shell
+def test_visual_cpp_is_refused_by_name(tmp_path):
+    with pytest.raises(cpu_build.BuildError, match="needs GCC or Clang"):
+        cpu_build.target_of([script(tmp_path / "cl.exe", "exit 1")])
+
+
+@pytest.mark.parametrize(
+    ("target", "python_platform", "expected"),
+    [
+        (("darwin", "aarch64"), "macosx-10.13-universal2", "macosx_11_0_arm64"),
+        (("darwin", "aarch64"), "macosx-14-arm64", "macosx_11_0_arm64"),
+        (("darwin", "x86_64"), "macosx-10.13-universal2", "macosx_11_0_x86_64"),
+        (("win32", "x86_64"), "win-amd64", "win_amd64"),
+        (("linux", "aarch64"), "linux-aarch64", "linux_aarch64"),
+    ],
+)
+def test_wheels_are_tagged_for_what_the_library_runs_on(monkeypatch, target, python_platform, expected):
+    """On macOS Python may be for two processors or write its platform in a way that no installer accepts."""
+    pytest.importorskip("hatchling")
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    monkeypatch.setattr(hook.sysconfig, "get_platform", lambda: python_platform)
+    assert hook.platform_tag(cpu_build.Target(*target), cpu_build.MACOS_VERSION) == expected
 
 
 def test_cache_that_is_a_file_is_a_reason_with_the_cure(tmp_path):
@@ -220,7 +317,7 @@ def _fuzz(tmp_path, count, seed, variants):
     assert compiler is not None
     runtimes = []
     for name in ("libasan.so", "libubsan.so"):
-        found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        found = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         if not os.path.isabs(found):
             pytest.skip(f"the compiler has no {name}")
         runtimes.append(found)
