@@ -17,6 +17,12 @@ from monai_mamba.ops.backends import Call
 from monai_mamba.ops.triton_backend import TritonBackend, num_segments
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def _release(package: str) -> tuple[int, ...]:
+    return tuple(map(int, importlib.import_module(package).__version__.split(".")[:2]))
+
+
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 # The interpreter must be chosen before Triton is imported, hence a process of its own. It takes about 20 ms a step.
@@ -103,6 +109,8 @@ print("ok")
     ["scan", "groups", "split", "map", "routes", "conv", "conv-plain", pytest.param("chunks", marks=pytest.mark.slow)],
 )
 def test_kernels_in_the_interpreter_match_float64(case):
+    if not case.startswith("conv") and _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.7 reads numbers from arrays in a way that NumPy 2.4 refuses")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, "-c", INTERPRET, case], env=environment, capture_output=True, text=True, timeout=500
@@ -152,7 +160,6 @@ def _compile(name, target, is_aligned):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_kernels_compile_without_a_gpu(name, target, is_aligned, tmp_path):
     """No spills anywhere; no exchange between lanes in the forward loop, whose sums stay inside a thread."""
-    import triton
     from triton.backends.compiler import GPUTarget
 
     gpu = GPUTarget("hip", "gfx942", 64) if target == "gfx942" else GPUTarget("cuda", int(target[3:]), 32)
@@ -171,8 +178,7 @@ def test_kernels_compile_without_a_gpu(name, target, is_aligned, tmp_path):
     usage = _resource_usage(asm["cubin"], tmp_path)
     assert usage["STACK"] == 0
     # 72 registers for N = 16: 28 warps of a multiprocessor, of which a map fills a few. Triton 3.4 takes 76 once.
-    is_old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
-    limits = {"forward": 72, "segment_ends": 76 if is_old else 72, "segment_gradients": 80}
+    limits = {"forward": 72, "segment_ends": 76 if _release("triton") < (3, 8) else 72, "segment_gradients": 80}
     assert usage["REG"] <= limits.get(name, 255)
 
 
