@@ -445,15 +445,16 @@ def test_compiled_step_of_every_network_equals_the_plain_one(measuring, planned,
         batch["target"] = torch.rand(2, 2, 3) * torch.tensor(patch_size)
     if "Classifier" in name:
         batch["target"] = torch.tensor([0, 1])
+    batch["data"] = batch["data"].double()
     losses = []
     for trainer in trainers:
+        trainer.network.double()  # in float32 a few steps turn rounding into per cents
         torch.manual_seed(1)  # for stochastic depth
         losses.append([float(trainer.train_step(batch)["loss"]) for _ in range(5)])
     assert trainers[0]._compilation.decision.is_compiled, Path(trainers[0].log_file).read_text()
-    assert np.isfinite(losses[0]).all()
-    # Plain, compiled, plain, compiled, compiled. Rounding differs, and the optimizer divides by small gradients.
-    np.testing.assert_allclose(losses[0][:2], losses[1][:2], rtol=1e-5)
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-2)
+    # Plain, compiled, plain, compiled, compiled.
+    assert len(set(losses[0])) == 5
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 EXTERNAL_TRAINER = """
@@ -465,7 +466,6 @@ MeasuredCompilation.least_compile_s = 0.0  # this training is too short to compi
 
 class MeasuredTrainer(nnMambaTrainerQuick):
     network_arguments = nnMambaTrainerQuick.network_arguments | {"num_blocks": 1}
-    max_batch_size = 2
 """
 
 
@@ -489,7 +489,6 @@ def test_stock_command_measures_with_the_real_compiler_and_continues(fresh_resul
     fold = folders.results / "MeasuredTrainer__nnUNetPlans__2d" / "fold_0"
     (log,) = fold.glob("training_log_*.txt")
     (line,) = [line for line in log.read_text().splitlines() if "nnUNet_compile=measure" in line]
-    print(line)
     assert "plain step" in line and "compiling took" in line
     checkpoint = torch.load(fold / "checkpoint_final.pth", map_location="cpu", weights_only=False)
     assert len(checkpoint["logging"]["train_losses"]) == 3 and np.isfinite(checkpoint["logging"]["train_losses"]).all()
