@@ -48,8 +48,9 @@ _SYSTEM_FLAGS = {
     "win32": ("-fno-asynchronous-unwind-tables",),
     "darwin": ("-fPIC", f"-mmacosx-version-min={MACOS_VERSION}"),
 }
-# Some compilers make code for more than that, or for the machine they run on, unless told.
+# Compilers of some distributions make code for newer processors unless told, and zig for the one it runs on.
 _MACHINE_FLAGS = {"x86_64": ("-march=x86-64",)}
+_ZIG_FLAGS = ("-mcpu=baseline",)
 _LINK_FLAGS = {"win32": ("-shared",)}
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64", "powerpc64le": "ppc64le"}
 
@@ -165,7 +166,8 @@ def build(
         with tempfile.TemporaryDirectory(prefix=".build-", dir=file.parent) as folder:
             work = Path(folder)
             flags = (
-                *(*_FLAGS, *_SYSTEM_FLAGS.get(wanted.system, ("-fPIC",)), *_MACHINE_FLAGS.get(wanted.machine, ())),
+                *(*_FLAGS, *_SYSTEM_FLAGS.get(wanted.system, ("-fPIC",))),
+                *(_ZIG_FLAGS if _is_zig(compiler) else _MACHINE_FLAGS.get(wanted.machine, ())),
                 *(*extra_flags, f'-DMM_SOURCE_HASH="{source_hash()}"'),
             )
             runs = {
@@ -195,6 +197,10 @@ def build(
 
 def _machine(name: str) -> str:
     return _MACHINES.get(name.lower(), name.lower())
+
+
+def _is_zig(compiler: Sequence[str]) -> bool:
+    return Path(compiler[0]).stem == "zig" or "ziglang" in compiler
 
 
 def _no_compiler() -> str:

@@ -1,18 +1,14 @@
 /* The functions Python calls: they check a job, choose the variant of the arithmetic and deal out the work items.
  *
- * Links the C library and threads only: no Python, no PyTorch, no OpenMP. Work items and the order of all sums follow
+ * Links the C library and threads of the system only: no Python, no PyTorch, no OpenMP. Work items and the order of all sums follow
  * from the shapes alone, so results are the same bit for bit for any number of threads.
  */
 #include "scan.h"
+#include "threads.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#if !defined(_WIN32)
-#include <pthread.h>
-#include <sched.h>
-#define MM_THREADS 1
-#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
@@ -145,11 +141,7 @@ static int wait_for_stage(work *w, int64_t stage) {
 #if defined(__SSE__)
         _mm_pause();
 #endif
-#ifdef MM_THREADS
-        if (rounds > 1000) sched_yield(); /* the others may be waiting for this very processor */
-#else
-        (void)rounds;
-#endif
+        if (rounds > 1000) give_way(); /* the others may be waiting for this very processor */
     }
     return 1;
 }
@@ -174,95 +166,80 @@ static void take_items(work *w) {
     free(memory);
 }
 
-#ifdef MM_THREADS
 enum { MAX_WORKERS = 255 };
 
 /* Workers sleep on `wake` between jobs. `owner` serves one caller at a time; a second caller does its work alone. */
 static struct {
-    pthread_mutex_t owner, lock;
-    pthread_cond_t wake, done;
+    lock_type owner, lock;
+    condition_type wake, done;
     work *job;
     uint64_t generation;
     int workers, wanted, busy;
-} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER,
-          NULL, 0, 0, 0, 0};
+} pool = {LOCK_INIT, LOCK_INIT, CONDITION_INIT, CONDITION_INIT, NULL, 0, 0, 0, 0};
 
 /* Threads do not survive a fork: the child starts with an empty pool, whatever the parent was doing. */
 static void forget_workers(void) {
-    pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-    pthread_cond_t condition = PTHREAD_COND_INITIALIZER;
-    memcpy(&pool.owner, &mutex, sizeof mutex);
-    memcpy(&pool.lock, &mutex, sizeof mutex);
+    lock_type lock = LOCK_INIT;
+    condition_type condition = CONDITION_INIT;
+    memcpy(&pool.owner, &lock, sizeof lock);
+    memcpy(&pool.lock, &lock, sizeof lock);
     memcpy(&pool.wake, &condition, sizeof condition);
     memcpy(&pool.done, &condition, sizeof condition);
     pool.job = NULL;
     pool.workers = pool.wanted = pool.busy = 0;
 }
 
-static void register_fork(void) { pthread_atfork(NULL, NULL, forget_workers); }
+__attribute__((constructor)) static void when_loaded(void) { call_after_fork(forget_workers); }
 
-static void *worker(void *start) {
-    uint64_t seen = (uint64_t)(uintptr_t)start;
-    pthread_mutex_lock(&pool.lock);
+static void worker(uint64_t seen) {
+    take_lock(&pool.lock);
     for (;;) {
         while (pool.generation == seen || !pool.wanted) {
             if (pool.generation != seen) seen = pool.generation; /* enough others took part */
-            pthread_cond_wait(&pool.wake, &pool.lock);
+            wait_for(&pool.wake, &pool.lock);
         }
         seen = pool.generation;
         pool.wanted--;
         work *job = pool.job;
-        pthread_mutex_unlock(&pool.lock);
+        give_lock(&pool.lock);
         take_items(job);
-        pthread_mutex_lock(&pool.lock);
-        if (--pool.busy == 0) pthread_cond_signal(&pool.done);
+        take_lock(&pool.lock);
+        if (--pool.busy == 0) wake_one(&pool.done);
     }
-    return NULL;
 }
 
 static void run_with_pool(work *w, int64_t helpers) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, register_fork);
     if (helpers > MAX_WORKERS) helpers = MAX_WORKERS;
-    if (pthread_mutex_trylock(&pool.owner)) {
+    if (!try_lock(&pool.owner)) {
         take_items(w);
         return;
     }
-    pthread_mutex_lock(&pool.lock);
+    take_lock(&pool.lock);
     while (pool.workers < helpers) {
-        pthread_t thread;
-        pthread_attr_t attributes;
-        pthread_attr_init(&attributes);
-        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-        int error = pthread_create(&thread, &attributes, worker, (void *)(uintptr_t)pool.generation);
-        pthread_attr_destroy(&attributes);
-        if (error) break; /* no more threads to be had: fewer do the same work */
+        if (!start_worker(pool.generation)) break; /* no more threads to be had: fewer do the same work */
         pool.workers++;
     }
     if (helpers > pool.workers) helpers = pool.workers;
     pool.job = w;
     pool.wanted = pool.busy = (int)helpers;
     pool.generation++;
-    pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.lock);
+    wake_all(&pool.wake);
+    give_lock(&pool.lock);
     take_items(w);
-    pthread_mutex_lock(&pool.lock);
+    take_lock(&pool.lock);
     pool.busy -= pool.wanted; /* whoever has not woken up yet finds nothing to do */
     pool.wanted = 0;
-    while (pool.busy > 0) pthread_cond_wait(&pool.done, &pool.lock);
+    while (pool.busy > 0) wait_for(&pool.done, &pool.lock);
     pool.job = NULL;
-    pthread_mutex_unlock(&pool.lock);
-    pthread_mutex_unlock(&pool.owner);
+    give_lock(&pool.lock);
+    give_lock(&pool.owner);
 }
-#endif
 
 static int run(work *w, int64_t threads) {
     if (threads > w->items) threads = w->items;
-#ifdef MM_THREADS
     if (threads > 1)
         run_with_pool(w, threads - 1);
     else
-#endif
         take_items(w);
     return w->failed ? MM_NO_MEMORY : MM_OK;
 }
