@@ -241,5 +241,7 @@ def _finish(run: subprocess.Popen[str]) -> str:
 
 
 def _first_error(stderr: str, returncode: int) -> str:
-    lines = [line for line in stderr.splitlines() if "error" in line.lower()] or stderr.splitlines()
-    return lines[0].strip() if lines else f"exit code {returncode}"
+    lines = stderr.splitlines()
+    # That the linker has failed is said after the reason, which is not called an error.
+    errors = [line for line in lines if "error" in line.lower() and " exit " not in line]
+    return (errors or lines or [f"exit code {returncode}"])[0].strip()

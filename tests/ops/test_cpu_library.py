@@ -133,9 +133,17 @@ needs_shell = pytest.mark.skipif(os.name != "posix", reason="the compiler of the
 
 
 @needs_shell
-@pytest.mark.parametrize("answer", ["", 'test "$1" = -dumpmachine && exec cc -dumpmachine;'], ids=["at once", "later"])
-def test_failing_compiler_is_a_reason_with_its_first_error(tmp_path, answer):
-    compiler = script(tmp_path / "cc", f"{answer} echo 'x.c:1: error: this compiler is broken' >&2\nexit 1")
+@pytest.mark.parametrize(
+    "says",
+    [
+        "from y.h:\nx.c:1: error: this compiler is broken",
+        "ld: this compiler is broken\ncollect2: error: ld returned 1 exit status",
+    ],
+    ids=["compiler", "linker"],
+)
+@pytest.mark.parametrize("answer", ["", 'test "$1" = -dumpmachine && exec cc -dumpmachine'], ids=["at once", "later"])
+def test_failing_compiler_is_a_reason_with_its_first_error(tmp_path, answer, says):
+    compiler = script(tmp_path / "cc", f"{answer}\ncat >&2 <<END\n{says}\nEND\nexit 1")
     shown = python(SHOW, tmp_path / "cache", CC=compiler)
     assert shown.startswith("False") and "this compiler is broken" in shown
 
@@ -182,6 +190,13 @@ def test_compiler_may_have_arguments(tmp_path, monkeypatch):
     assert cpu_build.find_compiler() == (program,)
     monkeypatch.setenv("CC", f"'{program}' -target x")
     assert cpu_build.find_compiler() == (program, "-target", "x")
+
+
+def test_package_ziglang_is_the_last_resort(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "ziglang")
+    assert cpu_build.find_compiler() == (sys.executable, "-m", "ziglang", "cc")
 
 
 def test_compiler_that_is_named_but_not_there_is_not_replaced(tmp_path, monkeypatch):
