@@ -5,8 +5,8 @@
 
 trains at full length (1000 epochs of 250 iterations, the plan's own batch); the short run in docs/results.md is
 
-    OMP_NUM_THREADS=1 python benchmarks/nnunet_hippocampus.py Task04_Hippocampus --epochs 15 --iterations 50 --batch 2 \\
-        --splits 4 --no-mirroring --output benchmarks/results/nnunet_hippocampus.json
+    OMP_NUM_THREADS=1 python benchmarks/nnunet_hippocampus.py Task04_Hippocampus --epochs 15 --iterations 50 \\
+        --batch 2 --splits 4 --no-mirroring --output benchmarks/results/nnunet_hippocampus.json
 
 All cases are used. The folds keep the two sides of a person together, so nobody is trained and tested on. Every trainer
 gets the same plans file, fold and seed (of weights, sampling and augmentation; on a GPU two runs still differ). The
