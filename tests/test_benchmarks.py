@@ -1,4 +1,5 @@
-"""The benchmarks run: each table of ``benchmarks/scan.py`` at small sizes, behind its gate of correctness."""
+"""The benchmarks of the scan run: each table of ``benchmarks/scan.py`` at small sizes, behind its gate of correctness,
+and what ``benchmarks/triton_kernels.py`` reads in compiled code."""
 
 from __future__ import annotations
 
@@ -7,21 +8,18 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+from tests.benchmark_scripts import FOLDER, load_benchmark
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @pytest.fixture
 def scan(monkeypatch):
-    name = "benchmarks_scan"
-    spec = importlib.util.spec_from_file_location(name, FOLDER / "scan.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
+    module = load_benchmark("scan")
     small = module.Shape(1, 32, 130, 2, 4, True)
     monkeypatch.setattr(module, "SHAPES", {"small": small})
     monkeypatch.setattr(module, "MAPS", {"small": (5, 8)})
@@ -96,7 +94,7 @@ print(json.dumps(tables))
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_tables_of_a_gpu_are_made_to_their_end():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(FOLDER.parent)}
     run = subprocess.run(
@@ -124,9 +122,36 @@ def test_wrong_kernel_is_never_timed(scan, monkeypatch):
 
 
 def test_comparison_names_rows_and_ratios(scan, monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("benchmarks_compare", FOLDER / "compare.py")
-    compare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compare)
+    compare = load_benchmark("compare")
     old = {"tables": {"cpu scan": [{"variant": "avx2", "shape": "s", "forward_ms": 2.0, "forward_error": 1e-7}]}}
     new = {"tables": {"cpu scan": [{"variant": "avx2", "shape": "s", "forward_ms": 1.0, "forward_error": 1e-7}]}}
     assert compare.compare(old, new) == ["cpu scan / avx2 / s: forward_ms x0.50"]
+
+
+@needs_triton
+def test_compiled_kernels_are_read_and_written_down(monkeypatch, tmp_path):
+    script = load_benchmark("triton_kernels")
+    arguments = ["--output", str(tmp_path / "r"), "--targets", "sm_90", "--problems", "VMamba-T stage 1"]
+    monkeypatch.setattr(sys, "argv", ["triton_kernels.py", *arguments, "--dtypes", "float32"])
+    try:
+        script.main()
+    except script.NoDisassembler as error:
+        pytest.skip(str(error))
+    rows = {row["kernel"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    # One state: u, delta, B and C of a step, a decay and the exponential of the softplus.
+    (loop,) = rows["forward, split"]["loops"]
+    assert loop["loads"] == {"4": 4} and loop["exponentials"] == 2 and loop["exchanges"] == 0
+    assert rows["backward"]["exchanges"] >= 10  # the gradients of B and C are sums over 32 lanes
+    assert "| forward, split | 1 |" in (tmp_path / "r.md").read_text()
+
+
+def test_warps_that_fit_follow_from_registers_memory_and_programs():
+    script = load_benchmark("triton_kernels")
+
+    def fit(registers, shared_bytes=0, num_warps=1, target="sm_90"):
+        return script.warps_that_fit(script.Code(registers, 0, shared_bytes, 0, []), num_warps, target)
+
+    assert [fit(n) for n in (16, 64, 65, 72, 255)] == [32, 32, 28, 28, 8]  # at most 32 programs
+    assert [fit(n, num_warps=4) for n in (32, 64, 72)] == [64, 32, 28]
+    assert fit(16, shared_bytes=2048, num_warps=4, target="sm_80") == 64 and fit(16, 50_000) == 4
+    assert fit(128, target="gfx942") == 16

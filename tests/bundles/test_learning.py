@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+
+from tests.benchmark_scripts import load_benchmark
 
 # Minutes of CPU each; on a busy machine they take longer than a quick test may.
 pytestmark = pytest.mark.timeout(3600)
-FILE = Path(__file__).parents[2] / "benchmarks" / "learning.py"
 
 
 @pytest.fixture(scope="module")
 def learning():
-    spec = importlib.util.spec_from_file_location("benchmarks_learning", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("learning")
 
 
 @pytest.fixture
