@@ -374,30 +374,37 @@ static int64_t backward_parts(const mm_scan_job *job) {
     return parts < blocks ? parts : blocks;
 }
 
-/* The forward pass adds nothing up across channels, so its parts may follow the number of threads: up to four items for
- * each thread where there are several, but none narrower than four blocks for that, whose rows would be torn apart; and
- * no more channels side by side than leave states and rates in the first-level cache. */
+/* Whether so many equal items keep all threads busy to the end: two or three for each of them exactly, or many. */
+static int is_even(int64_t items, int64_t threads) {
+    return threads == 1 || items >= 4 * threads || (items >= 2 * threads && items % threads == 0);
+}
+
+/* The forward pass adds nothing up across channels, so its parts may follow the number of threads: as few as keep them all
+ * busy, because narrow parts tear the rows of memory apart, else up to four items for each thread of at least four
+ * blocks; and no more channels side by side than leave states and rates in the first-level cache. */
 static int64_t forward_parts(const mm_scan_job *job, int64_t independent, int64_t threads) {
     int64_t blocks = mm_ceil(job->channels, MM_BLOCK);
     int64_t side_by_side = 16384 / (mm_padded_states(job->d_state) * MM_BLOCK * 2 * (int64_t)sizeof(float));
     int64_t parts = mm_ceil(blocks, side_by_side < 1 ? 1 : side_by_side);
-    int64_t each = blocks * independent / (4 * threads);
-    each = each < 1 ? 1 : each > 4 ? 4 : each;
-    int64_t wanted = threads > 1 ? mm_ceil(each * threads, independent) : 1;
-    if (parts < wanted) parts = wanted;
+    if (!is_even(parts * independent, threads)) {
+        int64_t each = blocks * independent / (4 * threads);
+        each = each < 1 ? 1 : each > 4 ? 4 : each;
+        int64_t wanted = mm_ceil(each * threads, independent);
+        if (parts < wanted) parts = wanted;
+    }
     return parts < blocks ? parts : blocks;
 }
 
 /* How many shares a work item scans side by side: as many as fill rows of some kilobytes, as long as their `kept` numbers
- * of every state take little of the second-level cache, and each thread has some items. Has no influence on results. */
+ * of every state take little of the second-level cache, and all threads are busy. Has no influence on results. */
 static int64_t shares_together(const mm_scan_job *job, int64_t shares, int64_t parts, int64_t kept, int64_t threads) {
     int64_t channels = mm_ceil(mm_ceil(job->channels, MM_BLOCK), parts) * MM_BLOCK;
     int64_t most = (80 << 10) / (channels * kept * mm_padded_states(job->d_state) * (int64_t)sizeof(float));
-    int64_t spread = threads > 1 ? shares * job->batch / (4 * threads) : shares;
     if (job->length <= MM_CHUNK) return 1; /* nothing is come back to */
-    if (most > spread) most = spread;
     if (most > MM_BUNDLE) most = MM_BUNDLE;
-    return most < 1 ? 1 : most < shares ? most : shares;
+    if (most > shares) most = shares;
+    while (most > 1 && !is_even(job->batch * mm_ceil(shares, most), threads)) most--;
+    return most < 1 ? 1 : most;
 }
 
 EXPORT int mm_scan_forward(const mm_scan_job *job, int64_t index, int64_t threads) {
