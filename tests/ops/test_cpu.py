@@ -242,6 +242,32 @@ def test_results_do_not_depend_on_the_number_of_threads(variant, threads, num_th
             assert torch.equal(gradient, together[name]), name
 
 
+# Results of 8 MB and more are written past the caches, in whole lines; those of their parts are not.
+@pytest.mark.parametrize("channels", [240, 248, 241], ids=["lines", "halves-of-lines", "unaligned"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_large_scans_of_one_state_equal_those_of_their_parts(variant, threads, channels, gated):
+    threads(2)
+    values = {k: v.float() for k, v in scan_inputs(2, 5000, channels, 1, 1).items() if gated or k != "z"}
+    sequences = [k for k, v in values.items() if v.ndim > 2]
+
+    def scan_of(batch):
+        return scan(backend="cpu", **{k: v[batch] if k in sequences else v for k, v in values.items()})
+
+    assert torch.equal(scan_of(slice(2)), torch.cat([scan_of(slice(1)), scan_of(slice(1, 2))]))
+
+
+@pytest.mark.parametrize("channels", [256, 264, 257], ids=["lines", "halves-of-lines", "unaligned"])
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_large_convolutions_equal_those_of_their_parts(variant, threads, channels, activation):
+    threads(2)
+    x, weight, bias = (normal(*size).float() for size in ((2, 4500, channels), (channels, 4), (channels,)))
+
+    def convolve(x):
+        return causal_conv1d(x, weight, bias, activation, channels_last=True, backend="cpu")
+
+    assert torch.equal(convolve(x), torch.cat([convolve(x[:1]), convolve(x[1:])]))
+
+
 def test_callers_in_many_python_threads_get_their_own_results(threads):
     threads(2)
     inputs = [as_leaves(scan_inputs(1, 900, 80), torch.float32) for _ in range(6)]

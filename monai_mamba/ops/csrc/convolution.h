@@ -4,7 +4,7 @@
 
 #include "rows.h"
 
-enum { CONV_STEPS = 16 }; /* steps of one tile of the forward pass, whose rows stay in the first-level cache */
+enum { CONV_STEPS = 32 }; /* steps of one tile of the forward pass, whose rows stay in the caches near the core */
 
 typedef struct {
     const float *in[MM_MAX_TAPS - 1 + CONV_STEPS]; /* rows of the tile and the ones before it, oldest first */
@@ -34,7 +34,7 @@ static size_t conv_scratch(const mm_conv_job *job, int64_t bundle) {
 }
 
 /* Four taps of one vector of channels over the steps of a tile, four at a time; inputs stay in registers. */
-INLINE void convolve_four(const int with_silu, int64_t steps, int64_t c, int64_t padded, const float *const *in,
+INLINE void convolve_four(const int with_silu, const int streamed, int64_t steps, int64_t c, int64_t padded, const float *const *in,
                           float *const *out, const float *weight, const float *bias) {
     const int count = 4; /* steps done together */
     const exp2_constants e = exp2_setup();
@@ -49,7 +49,10 @@ INLINE void convolve_four(const int with_silu, int64_t steps, int64_t c, int64_t
         EACH y[i] += x[i + 2] * w[2];
         EACH y[i] += x[i + 3] * w[3];
         if (with_silu) silu_many(count, &e, y);
-        EACH store_unaligned(out[t + i] + c, y[i]);
+        if (streamed)
+            EACH stream(out[t + i] + c, y[i]);
+        else
+            EACH store_unaligned(out[t + i] + c, y[i]);
         UNROLL for (int k = 0; k < 3; k++) x[k] = x[4 + k];
     }
 }
@@ -75,6 +78,7 @@ static void conv_forward(const mm_conv_job *job, int64_t item, void *scratch) {
     float *weight = s->rest, *bias = weight + taps * padded, *zero = bias + padded, *converted = zero + padded;
     float *results = converted + (before + CONV_STEPS) * padded;
     int direct = job->x.dtype == MM_FLOAT32 && job->y.dtype == MM_FLOAT32 && channels >= LANES;
+    int streamed = direct && is_streamed(&job->y, job->batch, job->length, channels);
     int64_t width = direct ? channels : padded;
     memset(weight, 0, (size_t)(converted - weight) * sizeof(float));
     for (int64_t c = 0; c < channels; c++) {
@@ -99,14 +103,17 @@ static void conv_forward(const mm_conv_job *job, int64_t item, void *scratch) {
             if (taps != 4 || steps % 4)
                 convolve_any(taps, job->silu, steps, c, padded, s->in, s->out, weight, bias);
             else if (job->silu)
-                convolve_four(1, steps, c, padded, s->in, s->out, weight, bias);
+                streamed ? convolve_four(1, 1, steps, c, padded, s->in, s->out, weight, bias)
+                         : convolve_four(1, 0, steps, c, padded, s->in, s->out, weight, bias);
             else
-                convolve_four(0, steps, c, padded, s->in, s->out, weight, bias);
+                streamed ? convolve_four(0, 1, steps, c, padded, s->in, s->out, weight, bias)
+                         : convolve_four(0, 0, steps, c, padded, s->in, s->out, weight, bias);
         }
         if (!direct)
             for (int64_t t = 0; t < steps; t++)
                 row_from_float(element(&job->y, b, begin + t, 0, 0), s->out[t], job->y.dtype, channels);
     }
+    if (streamed) end_of_streams();
 }
 
 /* A row of 16 channels: where it lies if it is plain, zero outside of the sequence, else converted. */

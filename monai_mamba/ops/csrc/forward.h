@@ -54,10 +54,9 @@ static void end_block(const block_work *w, const forward_scratch *s) {
 }
 
 static look_ahead rows_ahead(const mm_scan_job *job, int64_t b, int64_t g, int64_t channel, const int64_t *position) {
-    look_ahead a = {{rows_in_memory(&job->u, b, g, channel, position), rows_in_memory(&job->delta, b, g, channel, position),
-                     rows_in_memory(&job->y, b, g, channel, position)},
-                    3};
+    look_ahead a = {{rows_in_memory(&job->u, b, g, channel, position), rows_in_memory(&job->delta, b, g, channel, position)}, 2};
     if (job->z.data) a.rows[a.count++] = rows_in_memory(&job->z, b, g, channel, position);
+    a.rows[a.count++] = rows_in_memory(&job->y, b, g, channel, position);
     return a;
 }
 
@@ -221,22 +220,23 @@ static void forward_states(const forward_share *x, int64_t chunk, int64_t steps,
 /* ---- one state: everything in one pass, some blocks at a time ---- */
 
 enum { STEPS_AHEAD = 8, WIDEST = VECTORS > 2 ? 2 : 4 }; /* WIDEST: blocks at a time */
+enum { WRITE, ADD, STREAM }; /* what is done with y, see `stream` */
 
-INLINE void single_state(const int vectors, const int softplus, const int gated, const int accumulate,
+INLINE void single_state(const int vectors, const int softplus, const int gated, const int to_y,
                          const block_work *w, const float *B, const float *C, const float *D, const float *bias,
                          const float *rates, float *state, const look_ahead *ahead) {
     const exp2_constants k = exp2_setup();
     const int count = vectors < GROUP ? vectors : GROUP;
     vf h[WIDEST * VECTORS];
     UNROLL for (int v = 0; v < vectors; v++) h[v] = load(state + v * LANES);
-    const look_ahead here = {{w->u, w->delta, w->y, w->z}, gated ? 4 : 3};
+    const look_ahead here = {{w->u, w->delta, gated ? w->z : w->y, w->y}, 3 + gated};
     for (int64_t t = 0; t < w->steps; t++) {
         const float *u = row_at(&w->u, t), *delta = row_at(&w->delta, t), *z = gated ? row_at(&w->z, t) : NULL;
         float *out = row_at(&w->y, t);
         int64_t then = t + STEPS_AHEAD;
         const look_ahead *from = then < w->steps ? &here : ahead;
         if (then >= w->steps) then -= w->steps;
-        UNROLL for (int i = 0; i < 3 + gated; i++) {
+        UNROLL for (int i = 0; i < 2 + gated + (to_y != STREAM); i++) {
             const char *soon = (const char *)row_at(&from->rows[i], then);
             UNROLL for (int at = 0; at < vectors * LANES * 4; at += 64) __builtin_prefetch(soon + at);
         }
@@ -249,7 +249,7 @@ INLINE void single_state(const int vectors, const int softplus, const int gated,
             EACH a[i] = d[i] * load(rates + first + i * LANES);
             exp2_many_any(count, &k, a);
             EACH y[i] = x[i] * load(D + first + i * LANES);
-            if (accumulate) EACH y[i] += load_unaligned(out + first + i * LANES);
+            if (to_y == ADD) EACH y[i] += load_unaligned(out + first + i * LANES);
             EACH h[group + i] = a[i] * h[group + i] + d[i] * x[i] * B[t];
             EACH y[i] += h[group + i] * C[t];
             if (gated) {
@@ -257,29 +257,40 @@ INLINE void single_state(const int vectors, const int softplus, const int gated,
                 silu_many(count, &k, a);
                 EACH y[i] *= a[i];
             }
-            EACH store_unaligned(out + first + i * LANES, y[i]);
+            if (to_y == STREAM)
+                EACH stream(out + first + i * LANES, y[i]);
+            else
+                EACH store_unaligned(out + first + i * LANES, y[i]);
         }
     }
     UNROLL for (int v = 0; v < vectors; v++) store(state + v * LANES, h[v]);
 }
 
+INLINE void single_state_to(const int to_y, const int vectors, const block_work *w, const float *B, const float *C,
+                            const float *D, const float *bias, const float *rates, float *state, const look_ahead *ahead) {
+    if (w->job->softplus && w->z.base)
+        single_state(vectors, 1, 1, to_y, w, B, C, D, bias, rates, state, ahead);
+    else if (w->job->softplus)
+        single_state(vectors, 1, 0, to_y, w, B, C, D, bias, rates, state, ahead);
+    else if (w->z.base)
+        single_state(vectors, 0, 1, to_y, w, B, C, D, bias, rates, state, ahead);
+    else
+        single_state(vectors, 0, 0, to_y, w, B, C, D, bias, rates, state, ahead);
+}
+
+static int y_is_streamed(const block_work *w) {
+    const mm_scan_job *job = w->job;
+    return !job->merge && is_plain(&job->y, w->count) && is_streamed(&job->y, job->batch, job->length, job->groups * job->channels);
+}
+
 INLINE void single_state_of(const int vectors, const block_work *w, const float *B, const float *C, const float *D,
                             const float *bias, const float *rates, float *state, const look_ahead *ahead) {
-    if (w->job->softplus) {
-        if (w->z.base)
-            single_state(vectors, 1, 1, 0, w, B, C, D, bias, rates, state, ahead);
-        else if (w->accumulate)
-            single_state(vectors, 1, 0, 1, w, B, C, D, bias, rates, state, ahead);
-        else
-            single_state(vectors, 1, 0, 0, w, B, C, D, bias, rates, state, ahead);
-    } else {
-        if (w->z.base)
-            single_state(vectors, 0, 1, 0, w, B, C, D, bias, rates, state, ahead);
-        else if (w->accumulate)
-            single_state(vectors, 0, 0, 1, w, B, C, D, bias, rates, state, ahead);
-        else
-            single_state(vectors, 0, 0, 0, w, B, C, D, bias, rates, state, ahead);
-    }
+    if (w->accumulate)
+        single_state_to(ADD, vectors, w, B, C, D, bias, rates, state, ahead);
+    else if (CAN_STREAM && y_is_streamed(w))
+        single_state_to(STREAM, vectors, w, B, C, D, bias, rates, state, ahead);
+    else
+        single_state_to(WRITE, vectors, w, B, C, D, bias, rates, state, ahead);
 }
 
 static int64_t filled_channels(const forward_share *x) {
@@ -362,6 +373,7 @@ static void scan_forward(const mm_scan_job *job, const mm_partials *partials, in
     int64_t first, count, b = bundle_of(job, partials, item, &first, &count);
     for (int64_t g = 0; g < (job->merge ? job->groups : 1); g++)
         forward_sequence(job, partials, b, g, first, count, g > 0, scratch);
+    end_of_streams();
 }
 
 #endif

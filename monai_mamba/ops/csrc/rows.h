@@ -101,6 +101,12 @@ INLINE float *row_at(const row_set *r, int64_t t) { return (float *)(r->base + r
 
 INLINE int is_plain(const mm_view *v, int64_t count) { return v->dtype == MM_FLOAT32 && count == MM_BLOCK; }
 
+/* Whether a result of (batch, length, width) is large and its rows are whole lines, see `stream`. */
+INLINE int is_streamed(const mm_view *v, int64_t batch, int64_t length, int64_t width) {
+    int64_t of_line = (int64_t)((uintptr_t)v->data % 64) | (v->batch | v->step | v->group | width) % 16;
+    return CAN_STREAM && v->dtype == MM_FLOAT32 && of_line == 0 && batch * length * width >= MM_STREAMED;
+}
+
 /* Where the rows lie in memory, in their own type. */
 INLINE row_set rows_in_memory(const mm_view *v, int64_t b, int64_t g, int64_t channel, const int64_t *position) {
     row_set r = {element(v, b, 0, g, channel), v->step * (int64_t)size_of(v->dtype), position};

@@ -113,6 +113,9 @@ static inline mm_stage mm_stage_of(const mm_scan_job *job, const mm_partials *p,
     return s;
 }
 
+/* Elements from which on a result is written past the caches: 8 MB. */
+#define MM_STREAMED (2 << 20)
+
 /* Steps of one work item of the forward convolution. */
 #define MM_CONV_SEGMENT 256
 

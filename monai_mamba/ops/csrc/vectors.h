@@ -76,6 +76,19 @@ INLINE vf load(const float *p) { return *(const vf_aligned *)p; }
 INLINE vf load_unaligned(const float *p) { return *(const vf_unaligned *)p; }
 INLINE void store(float *p, vf x) { *(vf_aligned *)p = x; }
 INLINE void store_unaligned(float *p, vf x) { *(vf_unaligned *)p = x; }
+
+/* For large results, which nobody reads before they have left the caches: whole lines go to memory without being read
+ * first. Vectors shorter than a line would go in pieces. `end_of_streams` comes before others are told of the result. */
+#if defined(__AVX512F__) && MM_LANES == 16
+#define CAN_STREAM 1
+INLINE void stream(float *p, vf x) { _mm512_stream_ps(p, (__m512)x); }
+INLINE void end_of_streams(void) { _mm_sfence(); }
+#else
+#define CAN_STREAM 0
+INLINE void stream(float *p, vf x) { store_unaligned(p, x); }
+INLINE void end_of_streams(void) {}
+#endif
+
 INLINE vf splat(float x) { return x - (vf){0}; }
 
 INLINE vf choose(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
