@@ -273,11 +273,15 @@ def get_backend(name: str) -> Backend:
     Raises:
         BackendError: if there is none.
     """
+    return _get_backend(name, "`backend`")
+
+
+def _get_backend(name: str, asked_by: str) -> Backend:
     try:
         return _REGISTRY[name]
     except KeyError:
         known = ", ".join(sorted(_REGISTRY))
-        raise BackendError(f"`backend` {name!r} is unknown; use one of: {known}") from None
+        raise BackendError(f"{asked_by} {name!r} is unknown; use one of: {known}") from None
 
 
 @contextlib.contextmanager
@@ -305,6 +309,18 @@ def requested_name(argument: str | None) -> str:
     return argument or _forced
 
 
+def is_composite(requested: str) -> bool:
+    """Whether a call is bound, by ``requested`` or the environment variable, to a backend that no operator serves.
+
+    Raises:
+        BackendError: if the requested backend is unknown.
+    """
+    if requested:
+        return get_backend(requested).is_composite
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    return name in _REGISTRY and _REGISTRY[name].is_composite
+
+
 def keeps_states(requested: str) -> bool:
     """Whether the forward pass returns states; all backends do that are chosen without being asked for by name."""
     name = requested or os.environ.get(ENVIRONMENT_VARIABLE, "")
@@ -321,13 +337,16 @@ def resolve(call: Call, requested: str = "") -> Backend:
     Raises:
         BackendError: if the requested backend is unknown, unavailable or cannot serve the call.
     """
+    asked_by = "`backend`" if requested else ENVIRONMENT_VARIABLE
     requested = requested or os.environ.get(ENVIRONMENT_VARIABLE, "")
     if requested:
-        backend = get_backend(requested)
+        backend = _get_backend(requested, asked_by)
         _require_available(backend)
         reason = _refusal(backend, call)
         if reason:
-            raise BackendError(f"backend {requested!r} was asked for but cannot serve this {call.op}: {reason}")
+            raise BackendError(
+                f"backend {requested!r} was asked for by {asked_by} but cannot serve this {call.op}: {reason}"
+            )
         return backend
     rejected: list[str] = []
     for backend in _REGISTRY.values():

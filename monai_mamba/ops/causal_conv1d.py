@@ -35,7 +35,7 @@ def causal_conv1d(
         x ``(B, D, L)`` or, channels-last, ``(B, L, D)``; weight ``(D, W)``; bias ``(D,)``. Returns the shape of ``x``.
 
     Raises:
-        TypeError: if an argument is not a floating-point tensor.
+        TypeError: if an argument is not a dense floating-point tensor.
         ValueError: if shapes, devices, precisions or the activation do not fit.
         BackendError: if the backend asked for is not available or cannot serve the call.
     """
@@ -55,7 +55,7 @@ def causal_conv1d(
 
     name = backends.requested_name(backend)
     silu = activation == "silu"
-    if name and backends.get_backend(name).is_composite:
+    if backends.is_composite(name):
         y = causal_conv1d_reference(x, weight, bias, silu)
     else:
         y = _FORWARD(x, weight, bias, silu, name)

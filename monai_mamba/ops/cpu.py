@@ -76,7 +76,7 @@ class CpuBackend(Backend):
         states = None
         if save_states:
             batch, length, channels = u.shape
-            states = torch.empty((batch, num_saved_states(length), channels, A.shape[1]), dtype=torch.float32)
+            states = _new_states(batch, num_saved_states(length), channels, A.shape[1])
         _run("scan_forward", _sequence_job(u, delta, A, B, C, D, z, delta_bias, delta_softplus, states, y))
         return y, states
 
@@ -109,8 +109,7 @@ class CpuBackend(Backend):
         states = None
         if save_states:
             batch, height, width, channels = x.shape
-            shape = (batch, num_saved_states(height * width), len(routes) * channels, A.shape[2])
-            states = torch.empty(shape, dtype=torch.float32)
+            states = _new_states(batch, num_saved_states(height * width), len(routes) * channels, A.shape[2])
         _run("scan_forward", _map_job(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, states, y))
         return y.to(x.dtype), states
 
@@ -181,6 +180,10 @@ def _parameter(t: Tensor | None) -> Tensor | None:
 def _new(t: Tensor | None, dtype: torch.dtype | None = None) -> Any:
     """Return a dense array for a result of the shape of ``t``; None for None."""
     return None if t is None else torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _new_states(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever torch.set_default_device says
 
 
 def _in_types_of(inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -20,6 +20,7 @@ from monai_mamba.errors import BackendError
 
 _NAMESPACE = "monai_mamba"
 _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, str})  # types of arguments
 _CURE = "call it with backend='reference'"
 
 
@@ -38,18 +39,42 @@ def define(
         The operator.
     """
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, _hidden_from_compiler(kernel), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _protected(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.monai_mamba, name).default
+    op = getattr(torch.ops.monai_mamba, name).default
+    torch.library.register_vmap(f"{_NAMESPACE}::{name}", _one_by_one(op), lib=_LIBRARY)
+    return op
 
 
-def _hidden_from_compiler(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def _one_by_one(op: Any) -> Callable[..., Any]:
+    """`torch.vmap` of an operator: a call for each item, as there is none for all of them."""
+
+    def batched(info: Any, axes: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        if info.batch_size < 1:
+            raise ValueError(f"{op._opname} cannot be mapped over an axis of length 0; leave the call out")
+        calls = [
+            op(*(i if axis is None else i.select(axis, k) for i, axis in zip(inputs, axes, strict=True)))
+            for k in range(info.batch_size)
+        ]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        results = type(calls[0])(map(torch.stack, zip(*calls, strict=True)))
+        return results, type(results)([0] * len(results))
+
+    return batched
+
+
+def _protected(kernel: Callable[..., Any]) -> Callable[..., Any]:
     # PyTorch's compiler watches every Python function that runs within compiled code, as the kernel of a backward pass
-    # there does, and would compile it.
+    # there does, and would compile it. Subclasses of tensors have methods of their own with other arguments, as MONAI's
+    # MetaTensor has `new_empty`.
     hidden = None
 
     def call(*inputs: Any) -> Any:
         nonlocal hidden
+        if not _PLAIN.issuperset(map(type, inputs)):
+            with torch._C.DisableTorchFunctionSubclass():
+                inputs = tuple(i.as_subclass(Tensor) if isinstance(i, Tensor) else i for i in inputs)
         if "torch._dynamo" not in sys.modules:  # nobody has used the compiler
             return kernel(*inputs)
         if hidden is None:
@@ -106,9 +131,16 @@ def _has_tangent(value: Any) -> bool:
 
 
 def refuse_derivatives(op: Any, what: str) -> None:
-    """Refuse to differentiate an operator that computes derivatives, once somebody asks for it."""
+    """Refuse to differentiate an operator that computes derivatives, or to map it, once somebody asks for it."""
 
     def refuse(ctx: Any, *gradients: Tensor) -> None:
         raise BackendError(f"{what} has first derivatives only; for derivatives of derivatives {_CURE}")
 
+    def refuse_many(*inputs: Any) -> None:
+        raise BackendError(
+            f"{what} has no derivatives for several vectors at once (is_grads_batched, vectorize=True); ask for them "
+            f"one by one, or {_CURE}"
+        )
+
     torch.library.register_autograd(f"{_NAMESPACE}::{op._opname}", refuse, lib=_LIBRARY)
+    _LIBRARY.impl(op._opname, refuse_many, "Batched")

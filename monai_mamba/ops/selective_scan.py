@@ -10,6 +10,7 @@ from torch import Tensor
 from monai_mamba.ops import backends, operators
 from monai_mamba.ops.reference import selective_scan_reference, state_dtype
 
+_OPTIONAL = frozenset({"D", "z", "delta_bias", "bias"})
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -53,7 +54,7 @@ def selective_scan(
         ``(B, L, D)``.
 
     Raises:
-        TypeError: if an argument is not a floating-point tensor.
+        TypeError: if an argument is not a dense floating-point tensor.
         ValueError: if shapes, devices or precisions do not fit together.
         BackendError: if the backend asked for is not available or cannot serve the call.
 
@@ -81,7 +82,7 @@ def selective_scan(
     _check_shapes(u, delta, A, B, C, D, z, delta_bias)
 
     name = backends.requested_name(backend)
-    if name and backends.get_backend(name).is_composite:
+    if backends.is_composite(name):
         y = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     else:
         tensors = (u, delta, A, B, C, D, z, delta_bias)
@@ -99,10 +100,12 @@ def _check_tensors(**tensors: Tensor | None) -> None:
     if dtype not in _FLOATING:
         raise TypeError(_wrong_type(first_name, dtype))
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name in _OPTIONAL:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"`{name}` must be a dense tensor, got the layout {tensor.layout}; call its to_dense()")
         other = tensor.dtype
         if other != dtype and other not in _FLOATING:
             raise TypeError(_wrong_type(name, other))
@@ -180,13 +183,13 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states, b
     implementation = _resolve(u, A, B, backend)
     with _full_precision(u):
         y, states = implementation.scan_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states)
-    return y, u.new_empty(0, dtype=state_dtype(u)) if states is None else states
+    return y, u.new_empty((0,), dtype=state_dtype(u)) if states is None else states
 
 
 def _fake_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save_states, backend):
     y = u.new_empty(u.shape)
     if not (save_states and backends.keeps_states(backend)):
-        return y, u.new_empty(0, dtype=state_dtype(u))
+        return y, u.new_empty((0,), dtype=state_dtype(u))
     batch, length, channels = u.shape
     shape = (batch, backends.num_saved_states(length), channels, A.shape[1])
     return y, u.new_empty(shape, dtype=state_dtype(u))

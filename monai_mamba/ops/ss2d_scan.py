@@ -48,19 +48,18 @@ def ss2d_scan(
         ``(K, D)``. Returns ``(B, H, W, D)`` in the type of ``x``.
 
     Raises:
-        TypeError: if an argument is not a floating-point tensor.
+        TypeError: if an argument is not a dense floating-point tensor, or ``routes`` is no sequence of names.
         ValueError: if a route is unknown or named twice, or shapes, devices or precisions do not fit together.
         BackendError: if the backend asked for is not available or cannot serve the call.
 
     References:
         Liu et al., VMamba: Visual State Space Model, 2024, arXiv:2401.10166, section 4.2.
     """
-    routes = tuple(routes)
-    _check_routes(routes)
+    routes = _check_routes(routes)
     _check_tensors(x=x, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
     _check_shapes(x, delta, A, B, C, D, delta_bias, len(routes))
     name = backends.requested_name(backend)
-    if name and backends.get_backend(name).is_composite:
+    if backends.is_composite(name):
         return ss2d_scan_reference(x, delta, A, B, C, D, delta_bias, routes, delta_softplus)
     tensors = (x, delta, A, B, C, D, delta_bias)
     save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -68,8 +67,13 @@ def ss2d_scan(
     return y
 
 
-def _check_routes(routes: tuple[str, ...]) -> None:
+def _check_routes(routes: Sequence[str]) -> tuple[str, ...]:
     known = ", ".join(map(repr, ROUTES))
+    if isinstance(routes, str) or not isinstance(routes, Sequence):
+        raise TypeError(
+            f"`routes` must be a tuple or list of names out of {known}, got {routes!r}; write ('row',) for one"
+        )
+    routes = tuple(routes)
     if not routes:
         raise ValueError(f"`routes` must name at least one of {known}, got none")
     for route in routes:
@@ -77,6 +81,7 @@ def _check_routes(routes: tuple[str, ...]) -> None:
             raise ValueError(f"`routes` must be out of {known}, got {route!r}")
     if len(set(routes)) != len(routes):
         raise ValueError(f"`routes` must not name a route twice, got {routes}")
+    return routes
 
 
 def _check_shapes(
@@ -125,13 +130,13 @@ def _forward(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, save_stat
         y, states = implementation.ss2d_forward(
             x, delta, A, B, C, D, delta_bias, tuple(routes.split(",")), delta_softplus, save_states
         )
-    return y.contiguous(), x.new_empty(0, dtype=state_dtype(x)) if states is None else states
+    return y.contiguous(), x.new_empty((0,), dtype=state_dtype(x)) if states is None else states
 
 
 def _fake_forward(x, delta, A, B, C, D, delta_bias, routes, delta_softplus, save_states, backend):
     y = x.new_empty(x.shape)
     if not save_states:
-        return y, x.new_empty(0, dtype=state_dtype(x))
+        return y, x.new_empty((0,), dtype=state_dtype(x))
     batch, height, width, channels = x.shape
     shape = (batch, backends.num_saved_states(height * width), A.shape[0] * channels, A.shape[2])
     return y, x.new_empty(shape, dtype=state_dtype(x))

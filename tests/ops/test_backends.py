@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from monai_mamba.errors import BackendError
-from monai_mamba.ops import backends, list_backends, selective_scan, use_backend
+from monai_mamba.ops import backends, causal_conv1d, list_backends, selective_scan, ss2d_scan, use_backend
 from monai_mamba.ops.backends import Availability, Backend, Call, resolve
 
 CALL = Call("selective_scan", "cpu", torch.float32, 1, 64, 8, 1, 16)
@@ -61,6 +61,29 @@ def test_forced_by_argument_context_and_environment(fast, monkeypatch):
     assert (scan() == 7).all()
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "torch")
     assert not (scan() == 7).any()
+
+
+def test_environment_may_ask_for_the_definition(monkeypatch):
+    """The one backend that is no operator's."""
+    x, maps = torch.randn(1, 4, 3), [torch.randn(1, 2, 2, *rest) for rest in ((3,), (1, 3), (1, 2), (1, 2))]
+    calls = (
+        lambda **a: scan(**a),
+        lambda **a: ss2d_scan(maps[0], maps[1], -torch.ones(1, 3, 2), *maps[2:], routes=["row"], **a),
+        lambda **a: causal_conv1d(x, torch.ones(3, 2), channels_last=True, **a),
+    )
+    expected = [call(backend="reference") for call in calls]
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "reference")
+    assert all(torch.equal(call(), y) for call, y in zip(calls, expected, strict=True))
+
+
+def test_what_the_environment_asks_for_in_vain_is_said_with_its_name(fast, monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "nope")
+    with pytest.raises(BackendError, match=r"^MONAI_MAMBA_BACKEND 'nope' is unknown; use one of: .*torch"):
+        scan()
+    fast.why_not = "N is odd"
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "fast")
+    with pytest.raises(BackendError, match=r"asked for by MONAI_MAMBA_BACKEND .* N is odd"):
+        scan()
 
 
 def test_context_is_left_after_an_error():

@@ -86,6 +86,7 @@ def test_conv_double_backward_is_refused():
         ((torch.zeros(2, 5, 3), torch.zeros(3, 0)), ValueError, "`weight`"),
         ((torch.zeros(2, 5, 3), torch.zeros(3, 4), torch.zeros(4)), ValueError, "`bias`"),
         ((torch.zeros(2, 5, 3), torch.zeros(3, 4), None, "relu"), ValueError, "'relu'"),
+        ((torch.zeros(2, 5, 3), None), TypeError, "`weight` must be a tensor"),
         ((torch.zeros(2, 5, 3, dtype=torch.int32), torch.zeros(3, 4)), TypeError, "int32"),
     ],
 )

@@ -127,6 +127,47 @@ def test_vmap_over_the_batch_equals_a_loop(name):
         assert torch.equal(found[i], call(*one))
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradients_flow_through_vmap(name):
+    first, *others = OPERATORS[name][2]()
+    many = torch.stack([first, 2 * first]).requires_grad_()
+    (found,) = torch.autograd.grad(torch.vmap(lambda x: calls()[name](x, *others))(many).sum(), many)
+    for x, gradient in zip(many.detach(), found, strict=True):
+        leaf = x.clone().requires_grad_()
+        assert torch.equal(gradient, torch.autograd.grad(calls()[name](leaf, *others).sum(), leaf)[0])
+    with pytest.raises(ValueError, match="axis of length 0"):
+        torch.vmap(lambda x: calls()[name](x, *others))(many[:0])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradients_for_many_vectors_at_once_are_refused_and_served_by_reference(name):
+    first, *others = OPERATORS[name][2]()
+
+    def gradients(**arguments):
+        y = calls(**arguments)[name](first.requires_grad_(), *others)
+        return torch.autograd.grad(y, first, torch.stack([torch.ones_like(y)] * 2), is_grads_batched=True)[0]
+
+    with pytest.raises(BackendError, match=r"one by one.*backend='reference'"):
+        gradients()
+    assert gradients(backend="reference").shape == (2, *first.shape)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_tensors_of_monai_are_served_with_and_without_gradients(name, backend):
+    """Its MetaTensor, which its loaders give and which goes through a whole network, has methods of its own."""
+    data = pytest.importorskip("monai.data")
+    first, *others = OPERATORS[name][2]()
+    call = calls(backend=backend)[name]
+    with torch.no_grad():
+        expected = call(first, *others)
+        for everything in (False, True):
+            found = call(data.MetaTensor(first), *(data.MetaTensor(t) if everything else t for t in others))
+            assert type(found) is data.MetaTensor and torch.equal(found.as_tensor(), expected)
+    leaf, plain = (t.clone().requires_grad_() for t in (first, first))
+    (found,) = torch.autograd.grad(call(data.MetaTensor(leaf), *others).as_tensor().sum(), leaf)
+    assert torch.equal(found, torch.autograd.grad(call(plain, *others).sum(), plain)[0])
+
+
 class _Sizes(TorchDispatchMode):
     """Sizes of all tensors that are made."""
 

@@ -335,6 +335,8 @@ def test_scan_double_backward_is_refused_by_name_and_served_by_reference():
     [
         ({"u": lambda i: i["u"].long()}, TypeError, ["`u`", "int64"]),
         ({"u": lambda i: i["u"].tolist()}, TypeError, ["`u`", "list"]),
+        ({"A": lambda i: None}, TypeError, ["`A`", "must be a tensor", "NoneType"]),
+        ({"delta": lambda i: i["delta"].to_sparse()}, TypeError, ["`delta`", "torch.sparse_coo", "to_dense()"]),
         ({"delta": lambda i: i["delta"][:, :-1]}, ValueError, ["`delta`", "shape of `u`"]),
         ({"z": lambda i: i["z"][..., :-1]}, ValueError, ["`z`", "shape of `u`"]),
         ({"A": lambda i: i["A"][:-1]}, ValueError, ["`A`", "D=8"]),

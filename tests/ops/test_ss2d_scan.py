@@ -126,6 +126,9 @@ def test_ss2d_scan_accepts_views():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"routes": "row"}, r"`routes` must be a tuple or list.*got 'row'; write \('row',\)"),
+        ({"routes": None}, "`routes` must be a tuple or list.*got None"),
+        ({"C": None}, "`C` must be a tensor"),
         ({"routes": ()}, "`routes` must name at least one"),
         ({"routes": ("row", "diagonal", "column", "row_reversed")}, "`routes`.*'diagonal'"),
         ({"routes": ("row", "row", "column", "row_reversed")}, "`routes`.*twice"),
@@ -138,5 +141,5 @@ def test_ss2d_scan_accepts_views():
 )
 def test_ss2d_scan_bad_argument_is_named(changes, message):
     inputs = {name: value.detach().float() for name, value in make_inputs().items()}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         ss2d_scan(**(inputs | changes))
