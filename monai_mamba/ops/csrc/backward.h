@@ -34,10 +34,8 @@ INLINE v4 lane_sums(vf quarters) {
     return sum;
 }
 
-INLINE float lane_sum(vf x) {
-    float sum = 0.0f;
-    for (int i = 0; i < LANES; i++) sum += x[i];
-    return sum;
+INLINE v4 lane_sums_of_four(const float *p) {
+    return lane_sums(sum_quarters(sum_pairs(load(p), load(p + LANES)), sum_pairs(load(p + 2 * LANES), load(p + 3 * LANES))));
 }
 
 enum { COUNT = 4 }; /* states of one sweep: what leaves all that belongs to them in registers */
@@ -250,40 +248,62 @@ INLINE void backward_sweeps(const int with_y, const int bounded, int64_t steps, 
 
 /* ---- one state: forward and back over the chunk, with nothing but the states between ---- */
 
-INLINE void retreat_single_state(const int softplus_, const int gated, const backward_work *w, const float *B,
-                                 const float *C, const float *D, const float *bias, const float *rates, float *state,
-                                 float *grad_h, float *grad_A, float *grad_D, float *grad_bias, float *sum_B,
-                                 float *sum_C, const look_ahead *ahead, backward_scratch *s) {
+/* What the way back needs: step sizes, their slopes, decays, decayed states, and behind a gate the
+ * gradient before it. The last group may run over the end, see forward_prologue. */
+INLINE void advance_single_state(const int softplus_, const int gated, const backward_work *w, const float *B, const float *C,
+                                 const float *D, const float *bias, const float *rates, const float *state,
+                                 backward_scratch *s) {
+    const int count = GROUP;
     const exp2_constants k = exp2_setup();
-    for (int64_t lane = 0; lane < MM_BLOCK; lane += LANES) {
-        vf h = load(state + lane), rate = load(rates + lane), skip = load(D + lane), shift = load(bias + lane);
-        for (int64_t t = 0; t < w->steps; t++) {
-            int64_t at = t * MM_BLOCK + lane;
-            vf x = load_unaligned(row_at(&w->u, t) + lane), slope, d = load_unaligned(row_at(&w->delta, t) + lane) + shift;
-            if (softplus_) {
-                softplus_and_slope_many(1, &k, &d, &slope);
-                store(s->slope + at, slope);
-            }
-            vf decay = exp2_any(&k, d * rate), decayed = decay * h;
-            h = d * x * B[t] + decayed;
-            store(s->step + at, d);
-            store(s->trail + at, decay);
-            store(s->trail + TILE + at, decayed);
-            if (gated) {
-                vf gate = load_unaligned(row_at(&w->z, t) + lane), open;
-                sigmoid_many(1, &k, &gate, &open);
-                vf grad = load_unaligned(row_at(&w->grad_y, t) + lane), y = h * C[t] + x * skip;
-                store(s->grad + at, grad * (gate * open));
-                store_unaligned(row_at(&w->grad_z, t) + lane, grad * y * (open * (gate * (1.0f - open) + 1.0f)));
-            }
+    vf h[VECTORS];
+    UNROLL for (int v = 0; v < VECTORS; v++) h[v] = load(state + v * LANES);
+    for (int64_t t = 0; t < w->steps; t += GROUP_STEPS) {
+        int64_t at = t * MM_BLOCK;
+        vf x[GROUP], d[GROUP], decay[GROUP];
+        EACH x[i] = load_unaligned(row_at(&w->u, t + GROUP_ROW(i)) + GROUP_LANE(i));
+        EACH d[i] = load_unaligned(row_at(&w->delta, t + GROUP_ROW(i)) + GROUP_LANE(i)) + load(bias + GROUP_LANE(i));
+        if (softplus_) {
+            vf slope[GROUP];
+            softplus_and_slope_many(GROUP, &k, d, slope);
+            EACH store(s->slope + at + i * LANES, slope[i]);
         }
+        EACH decay[i] = d[i] * load(rates + GROUP_LANE(i));
+        exp2_many_any(GROUP, &k, decay);
+        EACH store(s->step + at + i * LANES, d[i]);
+        EACH store(s->trail + at + i * LANES, decay[i]);
+        EACH d[i] *= x[i];
+        EACH {
+            vf *state_of_lane = h + GROUP_LANE(i) / LANES, decayed = decay[i] * *state_of_lane;
+            store(s->trail + TILE + at + i * LANES, decayed);
+            d[i] = *state_of_lane = d[i] * B[t + GROUP_ROW(i)] + decayed;
+        }
+        if (gated) {
+            vf gate[GROUP], open[GROUP], grad[GROUP];
+            EACH gate[i] = load_unaligned(row_at(&w->z, t + GROUP_ROW(i)) + GROUP_LANE(i));
+            EACH grad[i] = load_unaligned(row_at(&w->grad_y, t + GROUP_ROW(i)) + GROUP_LANE(i));
+            sigmoid_many(GROUP, &k, gate, open);
+            EACH store(s->grad + at + i * LANES, grad[i] * (gate[i] * open[i]));
+            EACH d[i] = d[i] * C[t + GROUP_ROW(i)] + x[i] * load(D + GROUP_LANE(i));
+            EACH if (t + GROUP_ROW(i) < w->steps)
+                store_unaligned(row_at(&w->grad_z, t + GROUP_ROW(i)) + GROUP_LANE(i),
+                                grad[i] * d[i] * (open[i] * (gate[i] * (1.0f - open[i]) + 1.0f)));
+        }
+    }
+}
+
+INLINE void retreat_single_state(const int softplus_, const int gated, const backward_work *w, const float *B,
+                                 const float *C, const float *D, const float *rates, float *grad_h, float *grad_A,
+                                 float *grad_D, float *grad_bias, float *sum_B, float *sum_C, const look_ahead *ahead,
+                                 backward_scratch *s) {
+    for (int64_t lane = 0; lane < MM_BLOCK; lane += LANES) {
+        vf rate = load(rates + lane), skip = load(D + lane);
         vf gh = load(grad_h + lane), gA = load(grad_A + lane), gD = load(grad_D + lane), g_bias = load(grad_bias + lane);
         row_set sums = w->grad_u;
         if (w->accumulate)
             sums = rows_to_read(&w->job->grad_u, w->b, w->g, w->channel, w->count, w->steps, w->position, s->from_B);
         for (int64_t t = w->steps - 1; t >= 0; t--) {
             int64_t at = t * MM_BLOCK + lane;
-            for (int i = 0; i < ahead->count; i++) __builtin_prefetch(row_at(&ahead->rows[i], t), 0, 2);
+            UNROLL for (int i = 0; i < 5 + 2 * gated; i++) __builtin_prefetch(row_at(&ahead->rows[i], t), 0, 2);
             vf x = load_unaligned(row_at(&w->u, t) + lane), d = load(s->step + at), decayed = load(s->trail + TILE + at);
             vf gy = gated ? load(s->grad + at) : load_unaligned(row_at(&w->grad_y, t) + lane);
             vf g = gy * C[t] + gh, drive = d * x, gd = g * decayed, from_B = g * B[t];
@@ -315,7 +335,8 @@ INLINE void backward_block(const int softplus_, const int gated, const backward_
     float *rates = kept, *grad_h = rates + N * MM_BLOCK, *grad_A = grad_h + N * MM_BLOCK, *D = grad_A + N * MM_BLOCK;
     float *bias = D + MM_BLOCK, *grad_D = bias + MM_BLOCK, *grad_bias = grad_D + MM_BLOCK, *fastest = grad_bias + MM_BLOCK;
     if (N == 1) {
-        retreat_single_state(softplus_, gated, w, B, C, D, bias, rates, state, grad_h, grad_A, grad_D, grad_bias, sums,
+        advance_single_state(softplus_, gated, w, B, C, D, bias, rates, state, s);
+        retreat_single_state(softplus_, gated, w, B, C, D, rates, grad_h, grad_A, grad_D, grad_bias, sums,
                              sums + MM_CHUNK * LANES, ahead, s);
         return;
     }
@@ -362,15 +383,20 @@ INLINE void put(float *to, const float *from, int64_t count, int add) {
 static void write_sums(const sums_target *to, int64_t first, int64_t steps, const int64_t *position, int64_t d_state, int64_t N,
                        const float *sums) {
     float row_B[MM_MAX_STATE], row_C[MM_MAX_STATE];
+    if (N == 1) {
+        for (int64_t t = 0; t < steps; t += 4) {
+            v4 B = lane_sums_of_four(sums + t * LANES), C = lane_sums_of_four(sums + (MM_CHUNK + t) * LANES);
+            for (int64_t i = 0; i < 4 && t + i < steps; i++) {
+                int64_t at = (to->in_time ? first + t + i : position[t + i]) * to->stride;
+                to->B[at] = to->add ? to->B[at] + B[i] : B[i];
+                to->C[at] = to->add ? to->C[at] + C[i] : C[i];
+            }
+        }
+        return;
+    }
     for (int64_t t = 0; t < steps; t++) {
         int64_t at = (to->in_time ? first + t : position[t]) * to->stride;
         float *to_B = to->B + at, *to_C = to->C + at;
-        if (N == 1) {
-            float B = lane_sum(load(sums + t * LANES)), C = lane_sum(load(sums + (MM_CHUNK + t) * LANES));
-            *to_B = to->add ? *to_B + B : B;
-            *to_C = to->add ? *to_C + C : C;
-            continue;
-        }
         int there = d_state == N && !to->add;
         float *B = there ? to_B : row_B, *C = there ? to_C : row_C;
         for (int64_t n = 0; n < N; n += 4) {
