@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +70,7 @@ def source_hash() -> str:
 
 def is_allowed() -> bool:
     """Tell whether the user lets the package call a compiler."""
-    return os.environ.get(BUILD_VARIABLE, "1") not in ("0", "false", "no")
+    return os.environ.get(BUILD_VARIABLE, "1").strip().lower() not in ("0", "false", "no", "off")
 
 
 class Target(NamedTuple):
@@ -94,7 +95,10 @@ def find_compiler() -> tuple[str, ...] | None:
     chosen = os.environ.get("CC", "").strip()
     if chosen:
         whole = shutil.which(chosen)
-        name, *arguments = [whole] if whole else shlex.split(chosen, posix=os.name == "posix")
+        try:
+            name, *arguments = [whole] if whole else shlex.split(chosen, posix=os.name == "posix")
+        except ValueError:  # a quotation without an end
+            return None
         path = shutil.which(name)
         return (path, *arguments) if path else None
     for name in ("cc", "gcc", "clang"):
@@ -125,7 +129,8 @@ def target_of(compiler: Sequence[str]) -> Target:
     )
     triple = run.stdout.strip().lower()
     if run.returncode or "-" not in triple:
-        raise BuildError(f"{command} failed: {_first_error(run.stderr, run.returncode)}")
+        reason = _first_error(run.stderr, run.returncode)
+        raise BuildError(f"{command} -dumpmachine failed: {reason}; set CC to a GCC or Clang that works")
     machine, _, rest = triple.partition("-")
     systems = {"mingw": "win32", "windows": "win32", "cygwin": "cygwin", "msys": "cygwin", "linux": "linux"}
     systems |= {"darwin": "darwin", "macos": "darwin"}
@@ -176,7 +181,7 @@ def build(
             }
             errors = {name: _finish(run) for name, run in runs.items()}
             if errors["baseline"]:
-                raise BuildError(f"{command} failed: {errors['baseline']}")
+                raise BuildError(f"{command} failed: {errors['baseline']}; set CC to another compiler")
             compiled = [name for name, error in errors.items() if not error]
             have = tuple(f"-DMM_HAVE_{name.upper()}" for name in compiled if name != "baseline")
             objects = [str(work / f"{name}.o") for name in compiled]
@@ -184,7 +189,7 @@ def build(
             more_link = (*_LINK_FLAGS.get(wanted.system, ("-shared", "-pthread")), *have, *objects)
             error = _finish(_start(compiler, "library.c", linked, (*flags, *more_link), link=True))
             if error:
-                raise BuildError(f"{command} failed to link: {error}")
+                raise BuildError(f"{command} failed to link: {error}; set CC to another compiler")
             with open(linked, "r+b") as whole:  # Windows brings to the disk only what may be written
                 os.fsync(whole.fileno())
             os.replace(linked, file)
@@ -216,28 +221,35 @@ def _no_compiler() -> str:
     )
 
 
-def _start(
-    compiler: Sequence[str], source: str, output: Path, flags: Sequence[str], *, link: bool = False
-) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*compiler, str(SOURCES / source), *flags, *(() if link else ("-c",)), "-o", str(output)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
+class _Run(NamedTuple):
+    """A compiler at work. It writes to a file: a pipe would stay open as long as a program that it has started."""
+
+    process: subprocess.Popen[bytes]
+    messages: Path
+    deadline: float
 
 
-def _finish(run: subprocess.Popen[str]) -> str:
+def _start(compiler: Sequence[str], source: str, output: Path, flags: Sequence[str], *, link: bool = False) -> _Run:
+    messages = output.with_suffix(".txt")
+    with open(messages, "wb") as stderr:
+        process = subprocess.Popen(
+            [*compiler, str(SOURCES / source), *flags, *(() if link else ("-c",)), "-o", str(output)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+    return _Run(process, messages, time.monotonic() + _TIMEOUT)
+
+
+def _finish(run: _Run) -> str:
     """Wait for a compiler; return its first error line, or an empty text."""
     try:
-        _, stderr = run.communicate(timeout=_TIMEOUT)
+        code = run.process.wait(max(0.0, run.deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        run.kill()
-        run.communicate()
+        run.process.kill()
+        run.process.wait()
         return f"no answer within {_TIMEOUT} s"
-    return _first_error(stderr, run.returncode) if run.returncode else ""
+    return _first_error(run.messages.read_text(errors="replace"), code) if code else ""
 
 
 def _first_error(stderr: str, returncode: int) -> str:

@@ -141,13 +141,17 @@ class Library:
         if not name:
             if self._default is None:
                 wanted = os.environ.get(VARIANT_VARIABLE, "")
-                self._default = self.choose_variant(wanted) if wanted else next(reversed(self.variants.values()))
+                best = next(reversed(self.variants.values()))
+                self._default = self._named(wanted, f"{VARIANT_VARIABLE}: ") if wanted else best
             return self._default
+        return self._named(name)
+
+    def _named(self, name: str, asked_by: str = "") -> int:
         try:
             return self.variants[name]
         except KeyError:
             raise LibraryError(
-                f"the instruction set {name!r} is not available here; use one of: {', '.join(self.variants)}"
+                f"{asked_by}the instruction set {name!r} is not available here; use one of: {', '.join(self.variants)}"
             ) from None
 
     def call(self, name: str, job: bytes, variant: int, threads: int) -> None:
@@ -176,6 +180,15 @@ class Library:
 
 _lock = threading.Lock()
 _loaded: Library | LibraryError | None = None
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # who held the lock, compiling for seconds, is not in the child
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def load() -> Library:
@@ -238,7 +251,9 @@ def _find_or_build() -> Library:
             reasons.append(f"{error}; ")
     reason = "".join(reasons)
     if not cpu_build.is_allowed():
-        raise LibraryError(f"{reason}the C library is not built and {cpu_build.BUILD_VARIABLE} forbids to compile it")
+        raise LibraryError(
+            f"{reason}the C library is not built and {cpu_build.BUILD_VARIABLE} forbids to compile it; unset it"
+        )
     _logger.info("compiling the C library of the CPU scan into %s (once, about ten seconds)", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

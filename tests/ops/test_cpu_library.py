@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -118,8 +119,45 @@ def test_without_compiler_the_scan_falls_to_torch_and_says_so(tmp_path):
 
 def test_switched_off_build_is_a_reason_not_an_error(tmp_path):
     shown = python(SHOW, tmp_path, MONAI_MAMBA_BUILD="0")
-    assert shown.startswith("False") and "MONAI_MAMBA_BUILD" in shown
+    assert shown.startswith("False") and "MONAI_MAMBA_BUILD forbids to compile it; unset it" in shown
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "allowed"), [("0", False), ("False", False), ("off", False), ("1", True), ("", True)]
+)
+def test_switch_of_the_build_is_read_as_people_write_it(monkeypatch, value, allowed):
+    monkeypatch.setenv(cpu_build.BUILD_VARIABLE, value)
+    assert cpu_build.is_allowed() is allowed
+
+
+FORK = """
+import os, signal, threading
+from monai_mamba.ops import cpu_library
+parent, begun, end = os.getpid(), threading.Event(), threading.Event()
+def find_or_build():
+    if os.getpid() == parent:
+        begun.set()
+        end.wait()
+    return "library"
+cpu_library._find_or_build = find_or_build
+builder = threading.Thread(target=cpu_library.load)
+builder.start()
+begun.wait()
+child = os.fork()
+if not child:
+    signal.alarm(20)  # ends it if it waits for the builder
+    os._exit(cpu_library.load() != "library")
+print(os.waitpid(child, 0)[1])
+end.set()
+builder.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_child_that_was_forked_while_a_thread_compiled_does_not_wait_for_it(tmp_path):
+    assert python(FORK, tmp_path) == "0"
 
 
 def script(path, text):
@@ -146,6 +184,17 @@ def test_failing_compiler_is_a_reason_with_its_first_error(tmp_path, answer, say
     compiler = script(tmp_path / "cc", f"{answer}\ncat >&2 <<END\n{says}\nEND\nexit 1")
     shown = python(SHOW, tmp_path / "cache", CC=compiler)
     assert shown.startswith("False") and "this compiler is broken" in shown
+
+
+@needs_shell
+@pytest.mark.parametrize("answer", ["", 'test "$1" = -dumpmachine && exec cc -dumpmachine'], ids=["at once", "later"])
+def test_compiler_that_hangs_is_given_up_with_what_it_has_started(tmp_path, monkeypatch, answer):
+    monkeypatch.setattr(cpu_build, "_TIMEOUT", 0.3)
+    monkeypatch.setenv("CC", script(tmp_path / "cc", f"{answer}\nsleep 20"))
+    begin = time.monotonic()
+    with pytest.raises(cpu_build.BuildError, match=r"no answer within 0\.3 s"):
+        cpu_build.build(tmp_path / cpu_build.LIBRARY_NAME)
+    assert time.monotonic() - begin < 10
 
 
 @needs_shell
@@ -202,6 +251,9 @@ def test_package_ziglang_is_the_last_resort(monkeypatch):
 def test_compiler_that_is_named_but_not_there_is_not_replaced(tmp_path, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler -O3")
     with pytest.raises(cpu_build.BuildError, match=r"CC is 'no-such-compiler -O3', which is not there"):
+        cpu_build.build(tmp_path / cpu_build.LIBRARY_NAME)
+    monkeypatch.setenv("CC", "'gcc")
+    with pytest.raises(cpu_build.BuildError, match=r"CC is \"'gcc\", which is not there; correct or unset it"):
         cpu_build.build(tmp_path / cpu_build.LIBRARY_NAME)
 
 
