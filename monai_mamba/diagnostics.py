@@ -91,7 +91,11 @@ def chosen_backends() -> dict[str, dict[str, str]]:
     from monai_mamba.errors import BackendError
     from monai_mamba.ops.backends import Call, resolve
 
-    calls = {"selective_scan": {"d_state": 16}, "causal_conv1d": {"width": 4}}
+    calls = {
+        "selective_scan": {"d_state": 16},
+        "ss2d_scan": {"groups": 4, "d_state": 16},
+        "causal_conv1d": {"width": 4},
+    }
     chosen: dict[str, dict[str, str]] = {}
     for device_type in ("cpu", "cuda"):
         for op, sizes in calls.items():

@@ -2,9 +2,10 @@
 
 A backend is one file of this package with one subclass of :class:`Backend`, registered in ``ops/__init__.py``. The
 choice for a call is, in this order: the ``backend`` argument, :func:`use_backend`, the environment variable
-``MONAI_MAMBA_BACKEND``, and otherwise the available backend of highest priority that serves the call. A backend that
-was asked for by name and cannot serve raises :class:`~monai_mamba.errors.BackendError` with the reason; a slow
-automatic choice is announced once with the way to the fast one.
+``MONAI_MAMBA_BACKEND``, and otherwise the available backend of highest priority that serves the call. The context and
+the variable speak for the operators that their backend has, so that a network can run its scans on one that has no
+convolution. A backend that was asked for by name and cannot serve raises :class:`~monai_mamba.errors.BackendError` with
+the reason; a slow automatic choice is announced once with the way to the fast one.
 """
 
 from __future__ import annotations
@@ -286,7 +287,7 @@ def _get_backend(name: str, asked_by: str) -> Backend:
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force a backend for all calls within the ``with`` block, in all threads of the process.
+    """Force a backend for all calls of its operators within the ``with`` block, in all threads of the process.
 
     Args:
         name: name of a backend, or None to return to the automatic choice.
@@ -304,13 +305,13 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = previous
 
 
-def requested_name(argument: str | None) -> str:
-    """Return the name a call is bound to by its argument or by :func:`use_backend`; empty if neither is given."""
-    return argument or _forced
+def requested_name(argument: str | None, op: str) -> str:
+    """Return the name a call of ``op`` is bound to by its argument or by :func:`use_backend`; empty if by neither."""
+    return argument or (_forced if _forced and op in get_backend(_forced).ops else "")
 
 
 def is_composite(requested: str) -> bool:
-    """Whether a call is bound, by ``requested`` or the environment variable, to a backend that no operator serves.
+    """Whether a call is bound, by ``requested`` or the environment variable, to a backend outside of the operators.
 
     Raises:
         BackendError: if the requested backend is unknown.
@@ -332,13 +333,16 @@ def resolve(call: Call, requested: str = "") -> Backend:
 
     Args:
         call: what is to be computed.
-        requested: name that must be used; empty for the environment variable's or the automatic choice.
+        requested: name that must be used; empty for that of the environment variable, if it has the operator, or the
+            automatic choice.
 
     Raises:
         BackendError: if the requested backend is unknown, unavailable or cannot serve the call.
     """
-    asked_by = "`backend`" if requested else ENVIRONMENT_VARIABLE
-    requested = requested or os.environ.get(ENVIRONMENT_VARIABLE, "")
+    asked_by = "`backend`"
+    if not requested:
+        asked_by, name = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE, "")
+        requested = name if name not in _REGISTRY or call.op in _REGISTRY[name].ops else ""
     if requested:
         backend = _get_backend(requested, asked_by)
         _require_available(backend)

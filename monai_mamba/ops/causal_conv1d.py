@@ -53,7 +53,7 @@ def causal_conv1d(
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"`bias` must have shape (D,) with D={channels}, got {tuple(bias.shape)}")
 
-    name = backends.requested_name(backend)
+    name = backends.requested_name(backend, "causal_conv1d")
     silu = activation == "silu"
     if backends.is_composite(name):
         y = causal_conv1d_reference(x, weight, bias, silu)

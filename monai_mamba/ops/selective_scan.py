@@ -81,7 +81,7 @@ def selective_scan(
         B, C = B.permute(0, 3, 1, 2), C.permute(0, 3, 1, 2)  # (B, L, G, N)
     _check_shapes(u, delta, A, B, C, D, z, delta_bias)
 
-    name = backends.requested_name(backend)
+    name = backends.requested_name(backend, "selective_scan")
     if backends.is_composite(name):
         y = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     else:

@@ -58,7 +58,7 @@ def ss2d_scan(
     routes = _check_routes(routes)
     _check_tensors(x=x, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
     _check_shapes(x, delta, A, B, C, D, delta_bias, len(routes))
-    name = backends.requested_name(backend)
+    name = backends.requested_name(backend, "ss2d_scan")
     if backends.is_composite(name):
         return ss2d_scan_reference(x, delta, A, B, C, D, delta_bias, routes, delta_softplus)
     tensors = (x, delta, A, B, C, D, delta_bias)

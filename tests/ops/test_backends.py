@@ -39,11 +39,9 @@ def fast(monkeypatch):
     return backends.register(Fast())
 
 
-def scan(**arguments):
-    u = torch.ones(1, 4, 2)
-    return selective_scan(
-        u, u, -torch.ones(2, 3), torch.ones(1, 4, 3), torch.ones(1, 4, 3), channels_last=True, **arguments
-    )
+def scan(d_state=3, dtype=torch.float32, **arguments):
+    u, matrix = torch.ones(1, 4, 2, dtype=dtype), torch.ones(1, 4, d_state, dtype=dtype)
+    return selective_scan(u, u, -torch.ones(2, d_state, dtype=dtype), matrix, matrix, channels_last=True, **arguments)
 
 
 def test_automatic_choice_takes_the_highest_priority(fast):
@@ -76,6 +74,18 @@ def test_environment_may_ask_for_the_definition(monkeypatch):
     assert all(torch.equal(call(), y) for call, y in zip(calls, expected, strict=True))
 
 
+def test_context_and_environment_leave_alone_what_their_backend_has_no_operator_for(fast, monkeypatch):
+    """A network that convolves before it scans runs its scans on a backend without convolution, as mamba_ssm is one."""
+    x, weight = torch.randn(1, 4, 3), torch.ones(3, 2)
+    expected = causal_conv1d(x, weight, channels_last=True)
+    with use_backend("fast"):
+        assert (scan() == 7).all() and torch.equal(causal_conv1d(x, weight, channels_last=True), expected)
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "fast")
+    assert (scan() == 7).all() and torch.equal(causal_conv1d(x, weight, channels_last=True), expected)
+    with pytest.raises(BackendError, match="it has no causal_conv1d"):
+        causal_conv1d(x, weight, channels_last=True, backend="fast")
+
+
 def test_what_the_environment_asks_for_in_vain_is_said_with_its_name(fast, monkeypatch):
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "nope")
     with pytest.raises(BackendError, match=r"^MONAI_MAMBA_BACKEND 'nope' is unknown; use one of: .*torch"):
@@ -89,7 +99,7 @@ def test_what_the_environment_asks_for_in_vain_is_said_with_its_name(fast, monke
 def test_context_is_left_after_an_error():
     with pytest.raises(ZeroDivisionError), use_backend("reference"):
         raise ZeroDivisionError
-    assert backends.requested_name(None) == ""
+    assert backends.requested_name(None, "selective_scan") == ""
 
 
 def test_unknown_backend_lists_the_known_ones():
@@ -122,6 +132,28 @@ def test_slow_automatic_choice_warns_once_with_reason_and_cure(fast, monkeypatch
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scan()
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda: scan(d_state=257), "at most 256 states, got N=257"),
+        (lambda: scan(dtype=torch.float64), "computes in float32, got float64"),
+        (
+            lambda: causal_conv1d(torch.ones(1, 4, 2), torch.ones(2, 65), channels_last=True),
+            "at most 64 taps, got W=65",
+        ),
+    ],
+    ids=["states", "float64", "taps"],
+)
+def test_what_the_fast_backends_do_not_serve_falls_to_torch_and_is_announced(monkeypatch, call, reason):
+    if not backends.get_backend("cpu").availability().ok:
+        pytest.skip("no C library")
+    monkeypatch.setattr(backends, "_announced", set())
+    with pytest.warns(UserWarning, match=rf"runs on the slower backend 'torch', because cpu: .*{reason}"):
+        y = call()
+    with use_backend("reference"):
+        torch.testing.assert_close(y, call())
 
 
 def test_no_backend_at_all_says_why(fast):
