@@ -42,7 +42,7 @@ class _Problem:
     bias: Tensor | None
     softplus: bool
     size: tuple[int, int]
-    routes: Tensor  # (G,) codes
+    routes: int  # two bits for each group
     mapped: bool
 
     @property
@@ -58,27 +58,41 @@ class _Problem:
     def chunks(self) -> int:
         return -(-self.delta.shape[1] // STATE_INTERVAL)
 
+    @functools.cached_property
+    def BC(self) -> Tensor:
+        """B and C in float32, side by side and filled up with zeros: ``(B, L, G, 2, NP)``.
+
+        Networks have them as parts of a projection, from where a thread could load one value at a time, not 16 bytes.
+        """
+        both = torch.stack((self.B, self.C), 3).float()
+        states = both.shape[4]
+        return F.pad(both, (0, self.padded - states)) if states < self.padded else both
+
+    @property
+    def padded(self) -> int:
+        """States rounded up to a power of two."""
+        return 1 << (self.A.shape[2] - 1).bit_length()
+
     def sizes(self) -> tuple[int, int, int, int]:
         return self.delta.shape[1], *self.size, self.delta.shape[3]
 
     @property
     def is_wide(self) -> bool:
         """Whether offsets inside one image need 64 bits."""
-        strides = [t.stride(1) for t in (self.u, self.delta, self.B, self.C, self.z) if t is not None]
-        return self.delta.shape[1] * max(*strides, self.delta[0, 0].numel()) >= 2**31
+        _, length, groups, channels, _ = self.shape
+        strides = [t.stride(1) for t in (self.u, self.delta, self.z) if t is not None]
+        return length * max(*strides, groups * channels, groups * 2 * self.padded) >= 2**31
 
     def constants(self) -> dict[str, Any]:
-        states = self.A.shape[2]
-        padded = 1 << (states - 1).bit_length()
         return {
-            "N": states,
-            "NP": padded,
+            "N": self.A.shape[2],
+            "NP": self.padded,
             "BD": _LANES,
             "SOFTPLUS": self.softplus,
             "BIAS": self.bias is not None,
             "MAPPED": self.mapped,
             "WIDE": self.is_wide,
-            "num_warps": max(1, min(8, padded // 32)),
+            "num_warps": max(1, min(8, self.padded // 32)),
         }
 
 
@@ -179,16 +193,15 @@ def _sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> _Problem:
     groups = (B.shape[2], -1)
     u, delta, z = (None if t is None else _dense(t).unflatten(2, groups) for t in (u, delta, z))
     A, D, delta_bias = (None if t is None else t.float().contiguous().unflatten(0, groups) for t in (A, D, delta_bias))
-    routes = torch.zeros(B.shape[2], dtype=torch.int32, device=B.device)
-    size = (1, delta.shape[1])
-    return _Problem(u, delta, A, _dense(B), _dense(C), D, z, delta_bias, delta_softplus, size, routes, False)
+    return _Problem(u, delta, A, B, C, D, z, delta_bias, delta_softplus, (1, delta.shape[1]), 0, False)
 
 
 def _map(x, delta, A, B, C, D, delta_bias, routes, delta_softplus) -> _Problem:
-    delta, B, C = (_dense(t.flatten(1, 2)) for t in (delta, B, C))
+    delta, B, C = (t.flatten(1, 2) for t in (delta, B, C))
+    delta = _dense(delta)
     u = _dense(x.flatten(1, 2)).unsqueeze(2).expand(delta.shape)
     A, D, delta_bias = (_parameter(t) for t in (A, D, delta_bias))
-    codes = torch.tensor([ROUTES.index(route) for route in routes], dtype=torch.int32).to(x.device, non_blocking=True)
+    codes = sum(ROUTES.index(route) << 2 * i for i, route in enumerate(routes))
     return _Problem(u, delta, A, B, C, D, None, delta_bias, delta_softplus, tuple(x.shape[1:3]), codes, True)
 
 
@@ -206,9 +219,8 @@ def _steps(t: Tensor) -> tuple[Tensor, int, int]:
     return t, t.stride(0), t.stride(1)
 
 
-def _view(t: Tensor | None, substitute: Tensor) -> tuple[Tensor, int, int, int]:
-    """A tensor with its strides; an absent one is never read, but the kernels want a pointer."""
-    t = substitute if t is None else t
+def _view(t: Tensor) -> tuple[Tensor, int, int, int]:
+    """A tensor with its strides of batch, step and group."""
     return t, t.stride(0), t.stride(1), t.stride(2)
 
 
@@ -247,7 +259,7 @@ def _forward(p: _Problem, dtype: torch.dtype, save_states: bool, segments: int |
     segment = -(-p.chunks // segments) * STATE_INTERVAL
     A = p.A.permute(2, 0, 1).contiguous()  # (N, G, E)
     bias = A if p.bias is None else p.bias
-    delta, u, B, C = (_view(t, A) for t in (p.delta, p.u, p.B, p.C))
+    delta, u = _view(p.delta), _view(p.u)
     starts = A
     counts = (groups, p.blocks)
     with _device_of(p.delta):
@@ -255,16 +267,17 @@ def _forward(p: _Problem, dtype: torch.dtype, save_states: bool, segments: int |
             starts = A.new_empty(batch, segments, d_state, groups, channels)
             sums = A.new_empty(batch, segments, groups, channels)
             kernels.segment_ends[(programs, segments)](
-                *(*delta, *u, *B, A, bias, p.routes, starts, sums), *p.sizes(), *counts, segment, **p.constants()
+                *(*delta, *u, p.BC, A, bias, p.routes, starts, sums), *p.sizes(), *counts, segment, **p.constants()
             )
             constants = {k: v for k, v in p.constants().items() if k in ("N", "NP", "BD", "num_warps")}
             kernels.carry[(programs,)](A, starts, sums, channels, *counts, segments, **constants, BACKWARD=False)
         y = p.delta.new_empty(batch, length, groups, channels, dtype=dtype)
         states = A.new_empty(batch, p.chunks - 1, groups, channels, d_state) if save_states else None
         kernels.forward[(programs, segments)](
-            *(*delta, *u, *B, *C, *_view(p.z, p.delta), A, A if p.D is None else p.D, bias, p.routes, starts, y),
+            *(*delta, *u, p.BC, *_view(p.delta if p.z is None else p.z), A, A if p.D is None else p.D, bias),
+            *(p.routes, starts, y),
             A if states is None else states,
-            *(*p.sizes(), *counts, segment, p.chunks),
+            *(*p.sizes(), *counts, segment, p.chunks, 1),
             **p.constants(),
             SKIP=p.D is not None,
             GATE=p.z is not None,
@@ -285,7 +298,7 @@ def _backward(p: _Problem, grad_y: Tensor, states: Tensor | None):
     programs = batch * groups * p.blocks
     A = p.A.permute(2, 0, 1).contiguous()  # (N, G, E)
     bias = A if p.bias is None else p.bias
-    delta, u, B, C = (_view(t, A) for t in (p.delta, p.u, p.B, p.C))
+    delta, u = _view(p.delta), _view(p.u)
     counts = (groups, p.blocks)
     grad = grad_y if p.z is None else grad_y * F.silu(p.z.float())
     grad = grad.contiguous()
@@ -301,12 +314,12 @@ def _backward(p: _Problem, grad_y: Tensor, states: Tensor | None):
     grad_B, grad_C = (A.new_empty(p.blocks, batch, length, groups, d_state) for _ in range(2))
     with _device_of(p.delta):
         kernels.segment_gradients[(items,)](
-            *(*delta, *C, A, bias, p.routes, grad, incoming, sums), *p.sizes(), *counts, p.chunks, **constants
+            *(*delta, p.BC, A, bias, p.routes, grad, incoming, sums), *p.sizes(), *counts, p.chunks, **constants
         )
         few = {k: v for k, v in constants.items() if k in ("N", "NP", "BD", "num_warps")}
         kernels.carry[(programs,)](A, incoming, sums, channels, *counts, p.chunks, **few, BACKWARD=True)
         kernels.backward[(running,)](
-            *(*delta, *u, *B, *C, A, bias, p.routes, states, incoming, grad, trail),
+            *(*delta, *u, p.BC, A, bias, p.routes, states, incoming, grad, trail),
             *(y, grad_u, grad_delta, grad_A, grad_B, grad_C),
             *(*p.sizes(), batch, *counts, p.chunks, items),
             **constants,

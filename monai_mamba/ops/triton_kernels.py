@@ -5,8 +5,9 @@ states needs no exchange between lanes. A program handles one batch, one group (
 one segment of the sequence. Routes are index maps: positions in memory follow from the step. Every sum across
 programs goes through a buffer that is added up afterwards, never through atomics, so results repeat bit for bit.
 
-``E`` is never specialised: told that it is divisible by 16, Triton lets a thread hold four channels and spreads the
-states over the lanes, which costs eight exchanges a step. The strides are: so B and C come 16 bytes at a time.
+``E`` and ``states_n`` are never specialised. Told that ``E`` is divisible by 16, Triton lets a thread hold four
+channels and spreads the states over the lanes, which costs eight exchanges a step; told that ``states_n`` is 1, it
+exchanges the states between lanes before it stores them, which takes more registers than everything else.
 """
 
 from __future__ import annotations
@@ -65,6 +66,12 @@ def _next(at, pace, L, MAPPED: tl.constexpr):
 
 
 @triton.jit
+def _route(routes, g):
+    """Route of a group: two bits of ``routes`` each."""
+    return (routes >> (2 * g.to(tl.int32))) & 3
+
+
+@triton.jit
 def _place(pid, groups, blocks):
     """Split the first axis of the grid into batch, group and channel block."""
     block = pid % blocks
@@ -72,15 +79,23 @@ def _place(pid, groups, blocks):
     return (rest // groups).to(tl.int64), (rest % groups).to(tl.int64), block
 
 
+@triton.jit
+def _tile(pointer, own, n, plane):
+    """Places of the states of the channels ``own`` behind a pointer to ``(N, G, E)``; ``plane`` is ``G * E``."""
+    # N * G * E is less than 2**31, as A is no larger. With 64 bits for each state, or without the common pointer, what
+    # comes before the first step and after the last takes more registers than the steps.
+    return (pointer + own)[None, :] + n[:, None] * plane
+
+
 # Pointers of inputs come with strides of batch, step and group; the last axis is dense. What the backend allocates is
-# dense: sequences (B, L, G, E), matrices (B, L, G, N), states (B, chunks - 1, G, E, N), segments
-# (B, segments, N, G, E). A is (N, G, E), D and bias are (G, E). E: channels of a group, N: states, NP: N rounded up to
-# a power of two.
+# dense: sequences (B, L, G, E), B and C together as BC (B, L, G, 2, NP) with zeros behind the N states, their gradients
+# (B, L, G, N), states (B, chunks - 1, G, E, N), segments (B, segments, N, G, E). A is (N, G, E), D and bias are (G, E).
+# E: channels of a group, N: states, NP: N rounded up to a power of two.
 
 
-@triton.jit(do_not_specialize=["E"])
+@triton.jit(do_not_specialize=["E", "routes"])
 def segment_ends(
-    delta, delta_b, delta_l, delta_g, u, u_b, u_l, u_g, B, B_b, B_l, B_g, A, bias, routes, ends, sums,
+    delta, delta_b, delta_l, delta_g, u, u_b, u_l, u_g, BC, A, bias, routes, ends, sums,
     L, H, W, E, groups, blocks, segment,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr, WIDE: tl.constexpr,
@@ -92,28 +107,31 @@ def segment_ends(
     n = tl.arange(0, NP)
     channels = d < E
     tile = (n < N)[:, None] & channels[None, :]
-    route = tl.load(routes + g)
-    rate = tl.load(A + (n[:, None] * groups + g) * E + d[None, :], mask=tile, other=0.0) * LOG2E
-    shift = tl.load(bias + g * E + d, mask=channels & BIAS, other=0.0)
+    route = _route(routes, g)
+    plane = groups * E
+    own = g * E + d
+    rate = tl.load(_tile(A, own, n, plane), mask=tile, other=0.0) * LOG2E
+    shift = tl.load(bias + own, mask=channels & BIAS, other=0.0)
     h = tl.zeros((NP, BD), tl.float32)
     total = tl.zeros((BD,), tl.float32)
-    delta += b * delta_b + g * delta_g + d
-    u += b * u_b + g * u_g + d
-    B += b * B_b + g * B_g + n
+    delta += b * delta_b + g * delta_g
+    u += b * u_b + g * u_g
+    BC += (b * L * groups + g) * (2 * NP) + n
+    BC_l = groups * (2 * NP)
     pace = _pace(route, W, MAPPED)
     at = _position(s * segment, route, L, H, W, MAPPED, WIDE)
     for _ in range(s * segment, tl.minimum(L, (s + 1) * segment)):
-        x = tl.load(u + at * u_l, mask=channels, other=0.0).to(tl.float32)
-        dt = tl.load(delta + at * delta_l, mask=channels, other=0.0).to(tl.float32) + shift
+        x = tl.load(u + (at * u_l + d), mask=channels, other=0.0).to(tl.float32)
+        dt = tl.load(delta + (at * delta_l + d), mask=channels, other=0.0).to(tl.float32) + shift
         if SOFTPLUS:
             dt = _softplus(dt)
-        Bt = tl.load(B + at * B_l, mask=n < N, other=0.0).to(tl.float32)
+        Bt = tl.load(BC + at * BC_l)
         h = tl.exp2(dt[None, :] * rate) * h + (dt * x)[None, :] * Bt[:, None]
         total += dt
         at = _next(at, pace, L, MAPPED)
     row = b * tl.num_programs(1) + s
-    tl.store(ends + ((row * N + n[:, None]) * groups + g) * E + d[None, :], h, mask=tile)
-    tl.store(sums + (row * groups + g) * E + d, total, mask=channels)
+    tl.store(_tile(ends + row * (N * plane), own, n, plane), h, mask=tile)
+    tl.store(sums + row * plane + own, total, mask=channels)
 
 
 @triton.jit(do_not_specialize=["E"])
@@ -127,25 +145,27 @@ def carry(
     n = tl.arange(0, NP)
     channels = d < E
     tile = (n < N)[:, None] & channels[None, :]
-    rate = tl.load(A + (n[:, None] * groups + g) * E + d[None, :], mask=tile, other=0.0) * LOG2E
+    plane = groups * E
+    own = g * E + d
+    rate = tl.load(_tile(A, own, n, plane), mask=tile, other=0.0) * LOG2E
     h = tl.zeros((NP, BD), tl.float32)
     for i in range(0, num_segments):
         s = i
         if BACKWARD:
             s = num_segments - 1 - i
         row = b * num_segments + s
-        place = ends + ((row * N + n[:, None]) * groups + g) * E + d[None, :]
+        place = _tile(ends + row * (N * plane), own, n, plane)
         added = tl.load(place, mask=tile, other=0.0)
-        total = tl.load(sums + (row * groups + g) * E + d, mask=channels, other=0.0)
+        total = tl.load(sums + row * plane + own, mask=channels, other=0.0)
         tl.store(place, h, mask=tile)
         h = tl.exp2(total[None, :] * rate) * h + added
 
 
-@triton.jit(do_not_specialize=["E"])
+@triton.jit(do_not_specialize=["E", "routes", "states_n"])
 def forward(
-    delta, delta_b, delta_l, delta_g, u, u_b, u_l, u_g, B, B_b, B_l, B_g, C, C_b, C_l, C_g, z, z_b, z_l, z_g,
+    delta, delta_b, delta_l, delta_g, u, u_b, u_l, u_g, BC, z, z_b, z_l, z_g,
     A, D, bias, routes, starts, y, states,
-    L, H, W, E, groups, blocks, segment, chunks,
+    L, H, W, E, groups, blocks, segment, chunks, states_n,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr, WIDE: tl.constexpr,
     SKIP: tl.constexpr, GATE: tl.constexpr, SPLIT: tl.constexpr, SAVE: tl.constexpr,
@@ -157,47 +177,50 @@ def forward(
     n = tl.arange(0, NP)
     channels = d < E
     tile = (n < N)[:, None] & channels[None, :]
-    route = tl.load(routes + g)
-    rate = tl.load(A + (n[:, None] * groups + g) * E + d[None, :], mask=tile, other=0.0) * LOG2E
-    shift = tl.load(bias + g * E + d, mask=channels & BIAS, other=0.0)
-    skip = tl.load(D + g * E + d, mask=channels & SKIP, other=0.0)
+    route = _route(routes, g)
+    plane = groups * E
+    own = g * E + d
+    rate = tl.load(_tile(A, own, n, plane), mask=tile, other=0.0) * LOG2E
+    shift = tl.load(bias + own, mask=channels & BIAS, other=0.0)
+    skip = tl.load(D + own, mask=channels & SKIP, other=0.0)
     h = tl.zeros((NP, BD), tl.float32)
     if SPLIT:
         row = b * tl.num_programs(1) + s
-        h = tl.load(starts + ((row * N + n[:, None]) * groups + g) * E + d[None, :], mask=tile, other=0.0)
-    delta += b * delta_b + g * delta_g + d
-    u += b * u_b + g * u_g + d
-    B += b * B_b + g * B_g + n
-    C += b * C_b + g * C_g + n
-    z += b * z_b + g * z_g + d
-    y += (b * L * groups + g) * E + d
-    y_l = groups * E
+        h = tl.load(_tile(starts + row * (N * plane), own, n, plane), mask=tile, other=0.0)
+    delta += b * delta_b + g * delta_g
+    u += b * u_b + g * u_g
+    BC += (b * L * groups + g) * (2 * NP) + n
+    BC_l = groups * (2 * NP)
+    z += b * z_b + g * z_g
+    y += (b * L * groups + g) * E
+    states += ((b * (chunks - 1) + s * (segment // CHUNK) - 1) * groups + g) * E * N + d * N
     pace = _pace(route, W, MAPPED)
     at = _position(s * segment, route, L, H, W, MAPPED, WIDE)
-    for step in range(s * segment, tl.minimum(L, (s + 1) * segment)):
+    for start in range(s * segment, tl.minimum(L, (s + 1) * segment), CHUNK):
         if SAVE:
-            chunk = step // CHUNK
-            if (step == chunk * CHUNK) & (step > 0):
-                place = ((b * (chunks - 1) + chunk - 1) * groups + g) * E + d[None, :]
-                tl.store(states + place * N + n[:, None], h, mask=tile)
-        x = tl.load(u + at * u_l, mask=channels, other=0.0).to(tl.float32)
-        dt = tl.load(delta + at * delta_l, mask=channels, other=0.0).to(tl.float32) + shift
-        if SOFTPLUS:
-            dt = _softplus(dt)
-        Bt = tl.load(B + at * B_l, mask=n < N, other=0.0).to(tl.float32)
-        h = tl.exp2(dt[None, :] * rate) * h + (dt * x)[None, :] * Bt[:, None]
-        Ct = tl.load(C + at * C_l, mask=n < N, other=0.0).to(tl.float32)
-        out = tl.sum(h * Ct[:, None], axis=0) + skip * x
-        if GATE:
-            gate = tl.load(z + at * z_l, mask=channels, other=0.0).to(tl.float32)
-            out = out * gate * _sigmoid(gate)
-        tl.store(y + at * y_l, out, mask=channels)
-        at = _next(at, pace, L, MAPPED)
+            if start > 0:
+                tl.store(states[None, :] + n[:, None] * states_n, h, mask=tile)
+            states += plane * N
+        for _ in range(0, tl.minimum(L - start, CHUNK)):
+            x = tl.load(u + (at * u_l + d), mask=channels, other=0.0).to(tl.float32)
+            dt = tl.load(delta + (at * delta_l + d), mask=channels, other=0.0).to(tl.float32) + shift
+            if SOFTPLUS:
+                dt = _softplus(dt)
+            place = BC + at * BC_l
+            Bt = tl.load(place)
+            h = tl.exp2(dt[None, :] * rate) * h + (dt * x)[None, :] * Bt[:, None]
+            Ct = tl.load(place + NP)
+            out = tl.sum(h * Ct[:, None], axis=0) + skip * x
+            if GATE:
+                gate = tl.load(z + (at * z_l + d), mask=channels, other=0.0).to(tl.float32)
+                out = out * gate * _sigmoid(gate)
+            tl.store(y + (at * plane + d), out, mask=channels)
+            at = _next(at, pace, L, MAPPED)
 
 
-@triton.jit(do_not_specialize=["E"])
+@triton.jit(do_not_specialize=["E", "routes"])
 def segment_gradients(
-    delta, delta_b, delta_l, delta_g, C, C_b, C_l, C_g, A, bias, routes, grad, ends, sums,
+    delta, delta_b, delta_l, delta_g, BC, A, bias, routes, grad, ends, sums,
     L, H, W, E, groups, blocks, chunks,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, MAPPED: tl.constexpr, WIDE: tl.constexpr,
@@ -209,35 +232,37 @@ def segment_gradients(
     n = tl.arange(0, NP)
     channels = d < E
     tile = (n < N)[:, None] & channels[None, :]
-    route = tl.load(routes + g)
-    rate = tl.load(A + (n[:, None] * groups + g) * E + d[None, :], mask=tile, other=0.0) * LOG2E
-    shift = tl.load(bias + g * E + d, mask=channels & BIAS, other=0.0)
+    route = _route(routes, g)
+    plane = groups * E
+    own = g * E + d
+    rate = tl.load(_tile(A, own, n, plane), mask=tile, other=0.0) * LOG2E
+    shift = tl.load(bias + own, mask=channels & BIAS, other=0.0)
     gh = tl.zeros((NP, BD), tl.float32)
     total = tl.zeros((BD,), tl.float32)
     stop = tl.minimum(L, (chunk + 1) * CHUNK)
-    delta += b * delta_b + g * delta_g + d
-    C += b * C_b + g * C_g + n
-    grad += (b * L * groups + g) * E + d
-    grad_l = groups * E
+    delta += b * delta_b + g * delta_g
+    BC += (b * L * groups + g) * (2 * NP) + NP + n
+    BC_l = groups * (2 * NP)
+    grad += (b * L * groups + g) * E
     pace = -_pace(route, W, MAPPED)
     at = _position(stop - 1, route, L, H, W, MAPPED, WIDE)
     for _ in range(0, stop - chunk * CHUNK):
-        dt = tl.load(delta + at * delta_l, mask=channels, other=0.0).to(tl.float32) + shift
+        dt = tl.load(delta + (at * delta_l + d), mask=channels, other=0.0).to(tl.float32) + shift
         if SOFTPLUS:
             dt = _softplus(dt)
-        gy = tl.load(grad + at * grad_l, mask=channels, other=0.0)
-        Ct = tl.load(C + at * C_l, mask=n < N, other=0.0).to(tl.float32)
+        gy = tl.load(grad + (at * plane + d), mask=channels, other=0.0)
+        Ct = tl.load(BC + at * BC_l)
         gh = tl.exp2(dt[None, :] * rate) * (gh + gy[None, :] * Ct[:, None])
         total += dt
         at = _next(at, pace, L, MAPPED)
     row = b * chunks + chunk
-    tl.store(ends + ((row * N + n[:, None]) * groups + g) * E + d[None, :], gh, mask=tile)
-    tl.store(sums + (row * groups + g) * E + d, total, mask=channels)
+    tl.store(_tile(ends + row * (N * plane), own, n, plane), gh, mask=tile)
+    tl.store(sums + row * plane + own, total, mask=channels)
 
 
-@triton.jit(do_not_specialize=["E"])
+@triton.jit(do_not_specialize=["E", "routes"])
 def backward(
-    delta, delta_b, delta_l, delta_g, u, u_b, u_l, u_g, B, B_b, B_l, B_g, C, C_b, C_l, C_g,
+    delta, delta_b, delta_l, delta_g, u, u_b, u_l, u_g, BC,
     A, bias, routes, states, incoming, grad, trail,
     y, grad_u, grad_delta, grad_A, grad_B, grad_C,
     L, H, W, E, batch, groups, blocks, chunks, items,
@@ -255,7 +280,7 @@ def backward(
         d = block * BD + lane
         channels = d < E
         tile = (n < N)[:, None] & channels[None, :]
-        route = tl.load(routes + g)
+        route = _route(routes, g)
         rate = tl.load(A + (n[:, None] * groups + g) * E + d[None, :], mask=tile, other=0.0)
         shift = tl.load(bias + g * E + d, mask=channels & BIAS, other=0.0)
         first = chunk * CHUNK
@@ -270,12 +295,12 @@ def backward(
             dt = dt.to(tl.float32) + shift
             if SOFTPLUS:
                 dt = _softplus(dt)
-            Bt = tl.load(B + b * B_b + at * B_l + g * B_g + n, mask=n < N, other=0.0).to(tl.float32)
+            Bt = tl.load(BC + ((b * L + at) * groups + g) * (2 * NP) + n)
             decayed = tl.exp2(dt[None, :] * (rate * LOG2E)) * h
             tl.store(own + i * (NP * BD), decayed)
             h = decayed + (dt * x)[None, :] * Bt[:, None]
             if WITH_Y:
-                Ct = tl.load(C + b * C_b + at * C_l + g * C_g + n, mask=n < N, other=0.0).to(tl.float32)
+                Ct = tl.load(BC + ((b * L + at) * groups + g) * (2 * NP) + NP + n)
                 tl.store(y + ((b * L + at) * groups + g) * E + d, tl.sum(h * Ct[:, None], axis=0), mask=channels)
             at = _next(at, pace, L, MAPPED)
         # The trail is read by the threads that wrote it, or by others of the program after this.
@@ -293,8 +318,8 @@ def backward(
             if SOFTPLUS:
                 dt = _softplus(raw)
             gy = tl.load(grad + ((b * L + at) * groups + g) * E + d, mask=channels, other=0.0)
-            Bt = tl.load(B + b * B_b + at * B_l + g * B_g + n, mask=n < N, other=0.0).to(tl.float32)
-            Ct = tl.load(C + b * C_b + at * C_l + g * C_g + n, mask=n < N, other=0.0).to(tl.float32)
+            Bt = tl.load(BC + ((b * L + at) * groups + g) * (2 * NP) + n)
+            Ct = tl.load(BC + ((b * L + at) * groups + g) * (2 * NP) + NP + n)
             decayed = tl.load(own + i * (NP * BD))
             drive = dt * x
             q = gh + gy[None, :] * Ct[:, None]
