@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from monai_mamba.errors import BackendError
+from monai_mamba.layers.mamba import MambaMixer
 from monai_mamba.ops import causal_conv1d, cpu, cpu_library, get_backend, selective_scan, ss2d_scan
 from monai_mamba.ops.cpu import use_variant
 from monai_mamba.ops.routes import ROUTES
@@ -105,6 +108,10 @@ def check(op, values, **arguments):
 
 def scan(**arguments):
     return selective_scan(**arguments, delta_softplus=True, channels_last=True)
+
+
+def conv(**arguments):
+    return causal_conv1d(**arguments, activation="silu", channels_last=True)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +325,58 @@ def test_child_processes_scan_after_the_parent_has(threads, method):
     assert result == expected
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_children_forked_while_other_threads_scan_compute_the_same(threads):
+    threads(2)
+    inputs = {k: v.float() for k, v in scan_inputs(1, 1500, 64).items()}
+    expected, stop = scan(**inputs, backend="cpu"), threading.Event()
+
+    def work():
+        while not stop.is_set():
+            scan(**inputs, backend="cpu")
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    try:
+        for _ in range(5):
+            child = os.fork()
+            if not child:
+                signal.alarm(30)  # ends it if it hangs
+                os._exit(not (scan(**inputs, backend="cpu").numpy() == expected.numpy()).all())
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join(60)
+
+
+class Scans(torch.utils.data.Dataset):
+    """Items that a layer with scans makes out of their numbers."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __len__(self):
+        return 4
+
+    @torch.no_grad()
+    def __getitem__(self, index):
+        return self.layer(torch.full((1, 150, 8), 0.1 * (index + 1)))
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_of_a_data_loader_scan(threads, method):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} on this system")
+    threads(1)  # OpenMP of PyTorch does not survive a fork
+    items = Scans(MambaMixer(8))
+    expected = [items[i] for i in range(4)]
+    loader = torch.utils.data.DataLoader(items, None, num_workers=1, multiprocessing_context=method, timeout=120)
+    assert all(torch.equal(a, b) for a, b in zip(loader, expected, strict=True))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("name", ["u", "delta", "A", "B", "C", "D", "z", "delta_bias"])
 def test_scan_lets_values_that_are_not_finite_through(variant, name, value):
@@ -330,6 +389,33 @@ def test_scan_lets_values_that_are_not_finite_through(variant, name, value):
     bad = ~torch.isfinite(expected)
     assert torch.equal(~torch.isfinite(y), bad)
     torch.testing.assert_close(y[~bad], expected[~bad], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", [scan, ss2d_scan, conv], ids=["scan", "map", "conv"])
+def test_what_is_not_finite_stays_where_the_definition_has_it(variant, op):
+    """In outputs for each argument; in gradients for NaN only: infinity times zero depends on the order of products."""
+    values = {
+        scan: scan_inputs(2, 70, 20, d_state=4),
+        ss2d_scan: map_inputs(2, 9, 8, 20, d_state=4),
+        conv: {"x": normal(2, 70, 20), "weight": normal(20, 4), "bias": normal(20)},
+    }[op]
+    for name in values:
+        for value in (float("nan"), float("inf"), -float("inf")):
+            spoiled = {k: v.float() for k, v in values.items()}
+            spoiled[name] = spoiled[name].clone()
+            spoiled[name].view(-1)[spoiled[name].numel() // 2] = value
+            results = [run(op, as_leaves(spoiled, torch.float32), backend) for backend in ("cpu", "reference")]
+            (y, found), (expected_y, expected) = results
+            pairs = {"y": (y, expected_y)}
+            if value != value:
+                pairs |= {k: (found[k], expected[k]) for k in found}
+                assert not torch.isfinite(y).all(), name
+            for key, (ours, theirs) in pairs.items():
+                if op is conv and key == "x":  # the definition pads in front only, so NaN weights spare its last steps
+                    continue
+                bad = ~torch.isfinite(theirs)
+                assert torch.equal(~torch.isfinite(ours), bad), (name, value, key)
+                torch.testing.assert_close(ours[~bad], theirs[~bad], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("d_state", [1, 16])
@@ -421,7 +507,7 @@ def test_unknown_instruction_set_is_an_error_that_lists_the_known(name):
 def test_instruction_set_follows_the_environment_variable():
     code = "from monai_mamba.ops import get_backend; print(get_backend('cpu').availability())"
     for name, expected in (("baseline", "ok=True"), ("avx9", 'ok=False, reason="MONAI_MAMBA_CPU_VARIANT: the')):
-        environment = {**__import__("os").environ, cpu_library.VARIANT_VARIABLE: name}
+        environment = {**os.environ, cpu_library.VARIANT_VARIABLE: name}
         out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert expected in out.stdout and name in out.stdout
 
@@ -541,26 +627,31 @@ def resident(name):
     return 1024 * int(found[1])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read the Linux way")
-@pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize(("batch", "length", "channels"), [(1, 8192, 256), (48, 64, 512)], ids=["long", "batch"])
-def test_backward_needs_little_memory_beyond_the_gradients(threads, batch, length, channels, num_threads):
-    """Sums of B and C over parts of the channels, and of A over the batch, are added up as the pass goes on.
-
-    Kept to the end they would take 2 MB for the long sequence and 1.8 MB for the large batch.
-    """
-    values = scan_inputs(batch, length, channels)
-    values = [None if v is None else v.float() for v in values.values()]
-    backend = get_backend("cpu")
-    y, states = backend.scan_forward(*values, True, True)
-    threads(num_threads)
-    backend.scan_backward(y, states, *values, True)  # threads take memory of their own for the first time
+def extra_memory(call):
+    """Bytes that a call needs at its peak beyond the arrays that it returns."""
+    call()  # threads take memory of their own for the first time
     ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
     except OSError as error:
         pytest.skip(f"the peak of resident memory cannot be reset: {error}")
     before = resident("VmRSS")
-    found = backend.scan_backward(y, states, *values, True)
-    extra = resident("VmHWM") - before - sum(g.numel() * g.element_size() for g in found if g is not None)
-    assert extra < (1 << 20)
+    found = call()
+    return resident("VmHWM") - before - sum(t.numel() * t.element_size() for t in found if t is not None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read the Linux way")
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(("batch", "length", "channels"), [(1, 8192, 256), (48, 64, 512)], ids=["long", "batch"])
+def test_passes_need_little_memory_beyond_their_results(threads, batch, length, channels, num_threads):
+    """Backward, sums of B and C over parts of the channels, and of A over the batch, are added up as the pass goes on.
+
+    Kept to the end they would take 2 MB for the long sequence and 1.8 MB for the large batch.
+    """
+    values = scan_inputs(batch, length, channels)
+    values = [None if v is None else v.float() for v in values.values()]
+    backend = get_backend("cpu")
+    threads(num_threads)
+    assert extra_memory(lambda: (backend.scan_forward(*values, True, False)[0],)) < num_threads << 20
+    y, states = backend.scan_forward(*values, True, True)
+    assert extra_memory(lambda: backend.scan_backward(y, states, *values, True)) < 1 << 20

@@ -115,6 +115,45 @@ def test_derivatives_by_torch_func_are_refused_and_served_by_reference(name):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+SEQUENCES = {"selective_scan": (0, 1, 3, 4, 6), "ss2d_scan": (0, 1, 3, 4), "causal_conv1d": (0,)}  # tensors with steps
+
+
+def longer(name, tensors):
+    """The same tensors with more steps, or rows of the map."""
+    return [torch.cat([t, t[:, :3]], 1) if i in SEQUENCES[name] else t for i, t in enumerate(tensors)]
+
+
+@pytest.mark.parametrize("name", ["ss2d_scan", "causal_conv1d"])
+def test_operator_compiles_to_one_graph_for_all_lengths(name):
+    """Forward and backward; the scan of a sequence has its test beside its values."""
+    torch._dynamo.reset()
+    call, first = calls()[name], OPERATORS[name][2]()
+    compiled = torch.compile(lambda *t: call(*t).sin(), fullgraph=True, dynamic=True, backend="aot_eager")
+    for tensors in (first, longer(name, first)):
+        leaves = [t.requires_grad_() for t in tensors]
+        for found, expected in zip(
+            torch.autograd.grad(compiled(*leaves).sum(), leaves),
+            torch.autograd.grad(call(*leaves).sin().sum(), leaves),
+            strict=True,
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ss2d_scan", "causal_conv1d"])
+def test_operator_is_one_node_of_an_exported_program_for_all_lengths(name):
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return calls()[name](*tensors) * 2
+
+    tensors = OPERATORS[name][2]()
+    steps = torch.export.Dim("steps", min=2, max=999)
+    shapes = tuple({1: steps} if i in SEQUENCES[name] else None for i in range(len(tensors)))
+    program = torch.export.export(Module(), tuple(tensors), dynamic_shapes=(shapes,))
+    assert sum("monai_mamba" in str(node.target) for node in program.graph.nodes) == 1
+    other = longer(name, tensors)
+    torch.testing.assert_close(program.module()(*other), Module()(*other))
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_vmap_over_the_batch_equals_a_loop(name):
     tensors = OPERATORS[name][2]()
