@@ -151,8 +151,8 @@ def test_kernels_compile_without_a_gpu(problem, dtype, target):
     except script.NoDisassembler as error:
         pytest.skip(str(error))
     except Exception as error:
-        if target == "gfx942" and "linker" in str(error):
-            pytest.skip(f"this Triton brings no linker for {target}: {error}")
+        if target == "gfx942" and ("linker" in str(error) or "ld.lld" in str(error)):
+            pytest.skip(f"this Triton brings no linker for {target}, and the system none that is new enough: {error}")
         raise
     assert {row["kernel"].split(",")[0] for row in rows} == (_CONV if "convolution" in problem else _SCAN)
     is_measured = _release("triton") >= (3, 8)  # older ones take some registers more
