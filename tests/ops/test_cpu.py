@@ -481,6 +481,40 @@ def test_long_memory_carries_no_bias(variant):
     assert error_of(y, exact) <= 2e-5  # 3000 steps off by 1e-7 would make 1.5e-4
 
 
+@pytest.mark.parametrize("d_state", [1, 16])
+def test_sums_over_long_sequences_keep_the_tolerance(d_state):
+    """As long as maps of nnMamba: one by one onto their sum, gradients of A, D and the bias would round too much."""
+    generator = torch.Generator().manual_seed(1)
+    length, channels = 32768, 16
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    values = [
+        draw(1, length, channels),
+        0.5 * draw(1, length, channels),
+        -torch.arange(1, d_state + 1.0).repeat(channels, 1),
+    ]
+    values += [draw(1, length, 1, d_state), draw(1, length, 1, d_state), draw(channels), None, draw(channels) - 4]
+    grad_y, weight = draw(1, length, channels), draw(channels, 4)
+
+    def results(backend, dtype):
+        wide = [None if v is None else v.to(dtype) for v in values]
+        y, states = backend.scan_forward(*wide, True, True)
+        found = [y, *backend.scan_backward(grad_y.to(dtype), states, *wide, True)]
+        x, bias = wide[0], wide[5]
+        found += backend.conv_backward(grad_y.to(dtype), x, weight.to(dtype), bias, True)
+        return [g for g in found if g is not None]
+
+    expected = results(get_backend("torch"), torch.float64)
+    for name in VARIANTS:
+        with use_variant(name):
+            y, *gradients = results(get_backend("cpu"), torch.float32)
+        assert error_of(y, expected[0]) <= FORWARD_TOLERANCE
+        errors = [error_of(g, reference) for g, reference in zip(gradients, expected[1:], strict=True)]
+        assert max(errors) <= GRADIENT_TOLERANCE, (name, errors)
+
+
 def test_refusals_name_the_reason():
     values = {k: v for k, v in scan_inputs(1, 4, 2, d_state=2).items()}
     with pytest.raises(BackendError, match="float32, got float64"):

@@ -130,10 +130,10 @@ INLINE void retreat_states(const int with_y, const int bounded, const int is_fir
         }
         if (with_y) store(s->y + at, load(s->y + at) + y);
     }
-    vf gh[COUNT], gA[COUNT];
+    vf gh[COUNT], gA[COUNT]; /* gA: of this chunk; added up one by one, long sequences round at the size of their sum */
     UNROLL for (int n = 0; n < COUNT; n++) {
         gh[n] = load(grad_h + n * MM_BLOCK);
-        gA[n] = load(grad_A + n * MM_BLOCK);
+        gA[n] = splat(0.0f);
     }
     for (int64_t t = steps - 1; t >= 0; t--) {
         int64_t at = t * MM_BLOCK + lane;
@@ -162,7 +162,7 @@ INLINE void retreat_states(const int with_y, const int bounded, const int is_fir
     }
     UNROLL for (int n = 0; n < COUNT; n++) {
         store(grad_h + n * MM_BLOCK, gh[n]);
-        store(grad_A + n * MM_BLOCK, gA[n]);
+        store(grad_A + n * MM_BLOCK, load(grad_A + n * MM_BLOCK) + gA[n]);
     }
 }
 
@@ -204,7 +204,7 @@ INLINE float backward_prologue(const int softplus, const int gated, const backwa
 INLINE void backward_epilogue(const int softplus_, const int gated, const backward_work *w, const float *D,
                               float *grad_D, float *grad_bias, backward_scratch *s) {
     vf sum_bias[VECTORS], sum_D[VECTORS];
-    UNROLL for (int v = 0; v < VECTORS; v++) sum_bias[v] = load(grad_bias + v * LANES), sum_D[v] = load(grad_D + v * LANES);
+    UNROLL for (int v = 0; v < VECTORS; v++) sum_bias[v] = sum_D[v] = splat(0.0f);
     row_set sums = w->accumulate ? rows_to_read(&w->job->grad_u, w->b, w->g, w->channel, w->count, w->steps, w->position, s->trail)
                                  : rows_of_tile(s->trail);
     for (int64_t t = 0; t < w->steps; t++) {
@@ -223,7 +223,10 @@ INLINE void backward_epilogue(const int softplus_, const int gated, const backwa
             if (gated) store_unaligned(row_at(&w->grad_z, t) + v * LANES, load(s->gate + at) * load(s->y + at));
         }
     }
-    UNROLL for (int v = 0; v < VECTORS; v++) store(grad_bias + v * LANES, sum_bias[v]), store(grad_D + v * LANES, sum_D[v]);
+    UNROLL for (int v = 0; v < VECTORS; v++) {
+        store(grad_bias + v * LANES, load(grad_bias + v * LANES) + sum_bias[v]);
+        store(grad_D + v * LANES, load(grad_D + v * LANES) + sum_D[v]);
+    }
 }
 
 /* All states of a block over a chunk; the rows that come next are asked for along the way. */
@@ -297,7 +300,7 @@ INLINE void retreat_single_state(const int softplus_, const int gated, const bac
                                  backward_scratch *s) {
     for (int64_t lane = 0; lane < MM_BLOCK; lane += LANES) {
         vf rate = load(rates + lane), skip = load(D + lane);
-        vf gh = load(grad_h + lane), gA = load(grad_A + lane), gD = load(grad_D + lane), g_bias = load(grad_bias + lane);
+        vf gh = load(grad_h + lane), gA = {0}, gD = {0}, g_bias = {0};
         row_set sums = w->grad_u;
         if (w->accumulate)
             sums = rows_to_read(&w->job->grad_u, w->b, w->g, w->channel, w->count, w->steps, w->position, s->from_B);
@@ -320,9 +323,9 @@ INLINE void retreat_single_state(const int softplus_, const int gated, const bac
             store_unaligned(row_at(&w->grad_delta, t) + lane, g_delta);
         }
         store(grad_h + lane, gh);
-        store(grad_A + lane, gA);
-        store(grad_D + lane, gD);
-        store(grad_bias + lane, g_bias);
+        store(grad_A + lane, load(grad_A + lane) + gA);
+        store(grad_D + lane, load(grad_D + lane) + gD);
+        store(grad_bias + lane, load(grad_bias + lane) + g_bias);
     }
 }
 

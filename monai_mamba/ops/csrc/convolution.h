@@ -175,9 +175,9 @@ INLINE void conv_backward_chunk(const int known_taps, const mm_conv_job *job, in
     }
     if (!is_plain(&job->grad_x, filled)) empty_tile(&target, job->grad_x.dtype, filled, steps, s->out);
     for (int v = 0; v < MM_BLOCK; v += LANES) {
-        vf sum = load(grad_bias + v);
+        vf sum = {0};
         for (int64_t t = 0; t < steps; t++) sum += load(s->grad + t * MM_BLOCK + v);
-        store(grad_bias + v, sum);
+        store(grad_bias + v, load(grad_bias + v) + sum);
         for (int64_t k = 0; k < taps; k += 4) {
             const int count = 4; /* sums side by side; beyond the last tap they are not kept */
             vf sums[4] = {{0}};
