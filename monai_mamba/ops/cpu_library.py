@@ -240,7 +240,11 @@ def _find_or_build() -> Library:
     stem, suffix = os.path.splitext(cpu_build.LIBRARY_NAME)
     stem = f"{stem}-{cpu_build.source_hash()}-{sys.platform}-{platform.machine()}-"
     reasons = []
-    for cached in sorted(folder.glob(f"{stem}*{suffix}")):
+    try:
+        found = sorted(folder.glob(f"{stem}*{suffix}"))
+    except OSError as error:  # the home folder of another user, say
+        raise LibraryError(f"cannot look into {folder}: {error.strerror}; set {CACHE_VARIABLE}") from error
+    for cached in found:
         try:
             _require_private(cached)
             # Mapping a damaged library could end the process, so what is in the file must be what its name says.

@@ -64,6 +64,9 @@ def scan_job(arena: Arena) -> ScanJob:
     job.channels, job.d_state = rng.choice((1, 3, 15, 16, 17, 33, 100)), rng.choice((1, 1, 2, 4, 5, 8, 16, 16, 31))
     if rng.random() < 0.01:
         job.d_state = 256
+    if rng.random() < 0.06:  # enough work for several threads, which add up in stages
+        job.batch, job.height, job.width = rng.choice((1, 2, 9)), rng.choice((1, 9)), rng.choice((64, 65, 100))
+        job.channels, job.d_state, job.length = rng.choice((100, 130)), rng.choice((8, 16, 31)), job.height * job.width
     job.softplus = rng.random() < 0.7
     for k in range(MAX_ROUTES):
         job.routes[k] = rng.randrange(4) if job.merge else 0

@@ -300,6 +300,20 @@ def test_cache_that_is_a_file_is_a_reason_with_the_cure(tmp_path):
     assert shown.startswith("False") and cpu_library.CACHE_VARIABLE in shown
 
 
+def test_cache_that_cannot_be_looked_into_is_a_reason_with_the_cure(tmp_path, monkeypatch):
+    """As below the home folder of another user, which containers often leave in HOME."""
+
+    def refuse(folder, pattern):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setenv(cpu_library.CACHE_VARIABLE, str(tmp_path / "hidden" / "x"))
+    monkeypatch.setattr(cpu_build, "LIBRARY_NAME", "not-in-the-package.so")
+    monkeypatch.setattr(Path, "glob", refuse)
+    monkeypatch.setattr(cpu_build, "source_hash", lambda: "0" * 16)
+    with pytest.raises(cpu_library.LibraryError, match=r"cannot look into .*hidden.*; set MONAI_MAMBA_CACHE"):
+        cpu_library._find_or_build()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a folder in which nobody may write is /proc")
 def test_cache_where_nobody_may_write_is_a_reason_with_the_cure():
     shown = python(SHOW, Path("/proc/monai-mamba"))
