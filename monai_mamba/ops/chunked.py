@@ -3,7 +3,7 @@
 The sequence is cut into chunks of 64 steps. All chunks are scanned at the same time from a zero state (64 vectorised
 steps), the end states are carried from chunk to chunk, and a second pass starts each chunk from its true state. Only
 decays ``exp(delta A) <= 1`` are ever multiplied, so nothing overflows however strong the decay is; a log-space
-cumulative sum would (`docs/design.md`). The backward pass computes the states again in blocks of eight steps.
+cumulative sum would. The backward pass computes the states again in blocks of eight steps.
 The largest intermediate holds ``B D L N / 64`` elements and is cut along the channels to fit the cache.
 """
 

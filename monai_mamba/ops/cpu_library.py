@@ -228,18 +228,19 @@ def cache_folder() -> Path:
 
 def _find_or_build() -> Library:
     packaged = Path(__file__).with_name(cpu_build.LIBRARY_NAME)
+    reasons = []
     if packaged.exists():
         try:
             return Library(packaged)
         except LibraryError as error:
             _logger.warning("%s; trying to compile it again", error)
+            reasons.append(f"{error}; ")
     try:
         folder = cache_folder()
     except RuntimeError as error:  # no home folder
         raise LibraryError(f"there is no cache folder ({error}); set {CACHE_VARIABLE}") from error
     stem, suffix = os.path.splitext(cpu_build.LIBRARY_NAME)
     stem = f"{stem}-{cpu_build.source_hash()}-{sys.platform}-{platform.machine()}-"
-    reasons = []
     try:
         found = sorted(folder.glob(f"{stem}*{suffix}"))
     except OSError as error:  # the home folder of another user, say

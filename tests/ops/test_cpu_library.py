@@ -60,7 +60,9 @@ def light_path(tmp_path_factory):
 def python(code, cache, **environment):
     """Run code in a fresh interpreter with its own cache folder."""
     variables = {**os.environ, cpu_library.CACHE_VARIABLE: str(cache), "PYTHONPATH": str(python.path), **environment}
-    run = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300)
+    # In a folder without packages, as the current one comes before PYTHONPATH.
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=python.path.parent, env=variables, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 
@@ -110,6 +112,14 @@ def test_library_of_other_sources_in_the_cache_is_not_used(tmp_path, library_fil
     shown = python(SHOW, tmp_path, CC="/nonexistent", PATH="/nonexistent")
     assert shown.startswith("False") and "another version of the sources (0123456789abcdef)" in shown
     assert "no C compiler found" in shown
+
+
+def test_broken_library_in_the_package_is_a_reason_too(tmp_path, light_path):
+    """As a wheel for another machine, unpacked by hand."""
+    package = shutil.copytree(light_path, tmp_path / "path")
+    (package / "monai_mamba" / "ops" / cpu_build.LIBRARY_NAME).write_text("not a library")
+    shown = python(SHOW, tmp_path, MONAI_MAMBA_BUILD="0", PYTHONPATH=str(package))
+    assert shown.startswith("False") and "cannot be loaded" in shown and "forbids to compile it" in shown
 
 
 def test_without_compiler_the_scan_falls_to_torch_and_says_so(tmp_path):
@@ -340,7 +350,7 @@ def test_cache_that_others_can_write_is_not_trusted(tmp_path):
 def test_processes_that_compile_at_the_same_time_all_succeed(tmp_path, light_path):
     variables = {**os.environ, cpu_library.CACHE_VARIABLE: str(tmp_path), "PYTHONPATH": str(light_path)}
     runs = [
-        subprocess.Popen([sys.executable, "-c", SHOW], env=variables, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", SHOW], cwd=tmp_path, env=variables, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
     assert all(run.communicate(timeout=300)[0].startswith("True") for run in runs)
