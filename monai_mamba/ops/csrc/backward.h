@@ -38,6 +38,9 @@ INLINE v4 lane_sums_of_four(const float *p) {
     return lane_sums(sum_quarters(sum_pairs(load(p), load(p + LANES)), sum_pairs(load(p + 2 * LANES), load(p + 3 * LANES))));
 }
 
+/* From the gradients of A, D and bias that a block keeps to what was lost of them, see `add_up`. */
+static int64_t lost_sums(int64_t padded) { return (padded + 2) * MM_BLOCK; }
+
 enum { COUNT = 4 }; /* states of one sweep: what leaves all that belongs to them in registers */
 
 typedef struct {
@@ -107,7 +110,7 @@ static look_ahead backward_rows_ahead(const mm_scan_job *job, int64_t b, int64_t
 
 /* Some states of one vector of channels: forward over the chunk to know the states, then back. */
 INLINE void retreat_states(const int with_y, const int bounded, const int is_first, int64_t steps, int64_t stride,
-                           const float *rates, const float *state, float *grad_h, float *grad_A, const float *B,
+                           const float *rates, const float *state, float *grad_h, float *grad_A, int64_t to_lost, const float *B,
                            const float *C, float *sums, const look_ahead *ahead, int from, int to, int64_t lane,
                            backward_scratch *s) {
     const exp2_constants k = exp2_setup();
@@ -130,7 +133,7 @@ INLINE void retreat_states(const int with_y, const int bounded, const int is_fir
         }
         if (with_y) store(s->y + at, load(s->y + at) + y);
     }
-    vf gh[COUNT], gA[COUNT]; /* gA: of this chunk; added up one by one, long sequences round at the size of their sum */
+    vf gh[COUNT], gA[COUNT]; /* gA: of this chunk */
     UNROLL for (int n = 0; n < COUNT; n++) {
         gh[n] = load(grad_h + n * MM_BLOCK);
         gA[n] = splat(0.0f);
@@ -162,7 +165,7 @@ INLINE void retreat_states(const int with_y, const int bounded, const int is_fir
     }
     UNROLL for (int n = 0; n < COUNT; n++) {
         store(grad_h + n * MM_BLOCK, gh[n]);
-        store(grad_A + n * MM_BLOCK, load(grad_A + n * MM_BLOCK) + gA[n]);
+        add_up(grad_A + n * MM_BLOCK, to_lost, gA[n]);
     }
 }
 
@@ -224,8 +227,8 @@ INLINE void backward_epilogue(const int softplus_, const int gated, const backwa
         }
     }
     UNROLL for (int v = 0; v < VECTORS; v++) {
-        store(grad_bias + v * LANES, load(grad_bias + v * LANES) + sum_bias[v]);
-        store(grad_D + v * LANES, load(grad_D + v * LANES) + sum_D[v]);
+        add_up(grad_bias + v * LANES, lost_sums(mm_padded_states(w->job->d_state)), sum_bias[v]);
+        add_up(grad_D + v * LANES, lost_sums(mm_padded_states(w->job->d_state)), sum_D[v]);
     }
 }
 
@@ -240,10 +243,10 @@ INLINE void backward_sweeps(const int with_y, const int bounded, int64_t steps, 
             float *sum = sums + n / 2 * MM_CHUNK * LANES;
             int next = asked + share < ahead->count ? asked + share : ahead->count;
             if (n == 0)
-                retreat_states(with_y, bounded, 1, steps, N, rates + at, state + at, grad_h + at, grad_A + at, B + n, C + n,
+                retreat_states(with_y, bounded, 1, steps, N, rates + at, state + at, grad_h + at, grad_A + at, lost_sums(N), B + n, C + n,
                                sum, ahead, asked, next, lane, s);
             else
-                retreat_states(with_y, bounded, 0, steps, N, rates + at, state + at, grad_h + at, grad_A + at, B + n, C + n,
+                retreat_states(with_y, bounded, 0, steps, N, rates + at, state + at, grad_h + at, grad_A + at, lost_sums(N), B + n, C + n,
                                sum, ahead, asked, next, lane, s);
             asked = next;
         }
@@ -323,9 +326,9 @@ INLINE void retreat_single_state(const int softplus_, const int gated, const bac
             store_unaligned(row_at(&w->grad_delta, t) + lane, g_delta);
         }
         store(grad_h + lane, gh);
-        store(grad_A + lane, load(grad_A + lane) + gA);
-        store(grad_D + lane, load(grad_D + lane) + gD);
-        store(grad_bias + lane, load(grad_bias + lane) + g_bias);
+        add_up(grad_A + lane, lost_sums(1), gA);
+        add_up(grad_D + lane, lost_sums(1), gD);
+        add_up(grad_bias + lane, lost_sums(1), g_bias);
     }
 }
 
@@ -335,8 +338,8 @@ INLINE void retreat_single_state(const int softplus_, const int gated, const bac
 INLINE void backward_block(const int softplus_, const int gated, const backward_work *w, int64_t N, float *kept,
                            float *state, const float *B, const float *C, float *sums, const look_ahead *ahead,
                            backward_scratch *s) {
-    float *rates = kept, *grad_h = rates + N * MM_BLOCK, *grad_A = grad_h + N * MM_BLOCK, *D = grad_A + N * MM_BLOCK;
-    float *bias = D + MM_BLOCK, *grad_D = bias + MM_BLOCK, *grad_bias = grad_D + MM_BLOCK, *fastest = grad_bias + MM_BLOCK;
+    float *rates = kept, *grad_h = rates + N * MM_BLOCK, *D = grad_h + N * MM_BLOCK, *bias = D + MM_BLOCK;
+    float *fastest = bias + MM_BLOCK, *grad_A = fastest + MM_BLOCK, *grad_D = grad_A + N * MM_BLOCK, *grad_bias = grad_D + MM_BLOCK;
     if (N == 1) {
         advance_single_state(softplus_, gated, w, B, C, D, bias, rates, state, s);
         retreat_single_state(softplus_, gated, w, B, C, D, rates, grad_h, grad_A, grad_D, grad_bias, sums,
@@ -443,14 +446,14 @@ static void begin_backward_share(const backward_share *x) {
     int64_t N = mm_padded_states(job->d_state), per_block = mm_backward_block(N), tile = N * MM_BLOCK;
     memset(x->kept, 0, (size_t)(x->own * per_block) * sizeof(float));
     for (int64_t i = 0; i < x->own; i++) {
-        float *rates = x->kept + i * per_block, *D = rates + 3 * tile, *bias = D + MM_BLOCK;
+        float *rates = x->kept + i * per_block, *D = rates + 2 * tile, *bias = D + MM_BLOCK;
         int64_t channel = (x->begin + i) * MM_BLOCK, row = x->g * job->channels + channel;
         int64_t count = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
         transpose_in(job->A + row * job->d_state, count, job->d_state, N, rates);
         scale_rates(rates, N * MM_BLOCK);
         vector_in(job->D ? job->D + row : NULL, count, D);
         vector_in(job->delta_bias ? job->delta_bias + row : NULL, count, bias);
-        bias[3 * MM_BLOCK] = fastest_rate(rates, N);
+        bias[MM_BLOCK] = fastest_rate(rates, N);
     }
 }
 
@@ -488,7 +491,7 @@ static void end_backward_share(const backward_share *x, const mm_partials *parti
         to_A = partials->A + slot * rows * job->d_state, to_D = partials->D + slot * rows, to_bias = partials->bias + slot * rows;
     }
     for (int64_t i = 0; i < x->own; i++) {
-        const float *grad_A = x->kept + i * per_block + 2 * tile, *grad_D = grad_A + tile + 2 * MM_BLOCK;
+        const float *grad_A = x->kept + i * per_block + 2 * tile + 3 * MM_BLOCK, *grad_D = grad_A + tile;
         int64_t channel = (x->begin + i) * MM_BLOCK, at = x->g * job->channels + channel;
         int64_t count = job->channels - channel < MM_BLOCK ? job->channels - channel : MM_BLOCK;
         transpose_out(s->trail, count, job->d_state, grad_A);

@@ -19,10 +19,11 @@ typedef struct {
     const float *x[CONV_REACH + MM_MAX_TAPS], *grad_y[CONV_REACH]; /* rows, from taps - 1 steps before and from the first on */
     float grad[CONV_REACH * MM_BLOCK] __attribute__((aligned(64))), out[TILE], zero[MM_BLOCK]; /* grad: before the SiLU */
     float converted_x[(CONV_REACH + MM_MAX_TAPS) * MM_BLOCK], converted_grad_y[CONV_REACH * MM_BLOCK];
-    float rest[] __attribute__((aligned(64))); /* of every block: weights (taps, 16) and bias, and their gradients */
+    /* of every block: weights (taps, 16) and bias, their gradients, and what rounding took from these, see `add_up` */
+    float rest[] __attribute__((aligned(64)));
 } conv_scratch_backward;
 
-static size_t conv_block_floats(int64_t taps) { return (size_t)(2 * (taps + 1) * MM_BLOCK); }
+static size_t conv_block_floats(int64_t taps) { return (size_t)(3 * (taps + 1) * MM_BLOCK); }
 
 /* bundle: blocks that a work item of the backward pass takes side by side */
 static size_t conv_scratch(const mm_conv_job *job, int64_t bundle) {
@@ -141,6 +142,7 @@ INLINE void conv_backward_chunk(const int known_taps, const mm_conv_job *job, in
                                 int64_t first, int64_t steps, const look_ahead *next, float *kept, conv_scratch_backward *s) {
     const int count = GROUP;
     const int64_t taps = known_taps ? known_taps : job->taps, ahead = taps - 1, L = job->length, reach = steps + ahead;
+    const int64_t to_lost = (taps + 1) * MM_BLOCK;
     const exp2_constants e = exp2_setup();
     float *weight = kept, *bias = weight + taps * MM_BLOCK, *grad_weight = bias + MM_BLOCK, *grad_bias = grad_weight + taps * MM_BLOCK;
     for (int64_t t = 0; t < reach + GROUP_STEPS; t++)
@@ -177,7 +179,7 @@ INLINE void conv_backward_chunk(const int known_taps, const mm_conv_job *job, in
     for (int v = 0; v < MM_BLOCK; v += LANES) {
         vf sum = {0};
         for (int64_t t = 0; t < steps; t++) sum += load(s->grad + t * MM_BLOCK + v);
-        store(grad_bias + v, load(grad_bias + v) + sum);
+        add_up(grad_bias + v, to_lost, sum);
         for (int64_t k = 0; k < taps; k += 4) {
             const int count = 4; /* sums side by side; beyond the last tap they are not kept */
             vf sums[4] = {{0}};
@@ -185,7 +187,7 @@ INLINE void conv_backward_chunk(const int known_taps, const mm_conv_job *job, in
                 vf grad = load(s->grad + t * MM_BLOCK + v);
                 EACH sums[i] += grad * load_unaligned(s->x[t + (k + i < taps ? k + i : k)] + v);
             }
-            EACH if (k + i < taps) store(grad_weight + (k + i) * MM_BLOCK + v, load(grad_weight + (k + i) * MM_BLOCK + v) + sums[i]);
+            EACH if (k + i < taps) add_up(grad_weight + (k + i) * MM_BLOCK + v, to_lost, sums[i]);
         }
     }
 }

@@ -430,7 +430,7 @@ EXPORT int mm_scan_forward(const mm_scan_job *job, int64_t index, int64_t thread
 static mm_partials deal_out_backward(const mm_scan_job *job, int64_t threads) {
     mm_partials p = {.parts = backward_parts(job), .batches = 1, .chunks = mm_ceil(job->length, MM_CHUNK), .in_order = threads == 1};
     int64_t shares = mm_shares(job, &p);
-    p.bundle = shares_together(job, shares, p.parts, 3, threads);
+    p.bundle = shares_together(job, shares, p.parts, 4, threads);
     p.kept_of_item = p.bundle * mm_ceil(mm_ceil(job->channels, MM_BLOCK), p.parts) * mm_backward_block(mm_padded_states(job->d_state));
     if (p.in_order) return p;
     p.batches = mm_ceil(4 * threads, mm_ceil(shares, p.bundle));

@@ -93,9 +93,9 @@ static inline int64_t mm_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 /* States are padded to whole vectors of four, except a single one, which has its own path. */
 static inline int64_t mm_padded_states(int64_t n) { return n == 1 ? 1 : mm_ceil(n, 4) * 4; }
 
-/* Numbers of a block of channels in the backward pass: rates, gradient of the state and of A (N, 16); D, bias, their
- * gradients, [0]: the largest rate (16). */
-static inline int64_t mm_backward_block(int64_t padded) { return (5 + 3 * padded) * MM_BLOCK; }
+/* Numbers of a block of channels in the backward pass: rates, gradient of the state (N, 16); D, bias, [0]: the largest rate
+ * (16); gradients of A (N, 16), D and bias (16); and as much again that rounding took from these. */
+static inline int64_t mm_backward_block(int64_t padded) { return (7 + 4 * padded) * MM_BLOCK; }
 
 /* Shares of a batch item that are independent of each other. */
 static inline int64_t mm_shares(const mm_scan_job *job, const mm_partials *p) { return p->parts * (job->merge ? 1 : job->groups); }

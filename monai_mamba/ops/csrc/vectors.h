@@ -119,6 +119,13 @@ INLINE vf larger(vf x, vf largest) { return (vf)vmaxnmq_f32((float32x4_t)x, (flo
 INLINE vf larger(vf x, vf largest) { return at_least(x, largest); }
 #endif
 
+/* Adds to a sum over the whole sequence, which keeps in the vector `to_lost` further on what rounding has taken from it. */
+INLINE void add_up(float *sum, int64_t to_lost, vf x) {
+    vf before = load(sum), y = x - load(sum + to_lost), after = before + y;
+    store(sum, after);
+    store(sum + to_lost, after - before - y);
+}
+
 INLINE float largest_lane(vf x) {
     float result = 0.0f;
     for (int i = 0; i < LANES; i++) result = x[i] > result ? x[i] : result;
