@@ -118,7 +118,7 @@ def test_wrong_kernel_is_never_timed(scan, monkeypatch):
             return y * (1 + 1e-4), states
 
     with pytest.raises(SystemExit, match="nothing is timed"):
-        scan.gate_of_correctness(Wrong(), scan.inputs(scan.SHAPES["small"]))
+        scan.gate_of_correctness(Wrong(), scan.inputs(scan.SHAPES["small"]), scan.SHAPES["small"].groups)
 
 
 def test_comparison_names_rows_and_ratios(scan, monkeypatch, tmp_path):
