@@ -483,7 +483,7 @@ def test_long_memory_carries_no_bias(variant):
 
 @pytest.mark.parametrize("d_state", [1, 16])
 def test_sums_over_long_sequences_keep_the_tolerance(d_state):
-    """As long as a map of 48 x 48 x 48: one by one onto their sum, gradients of A, D and the bias would round too much."""
+    """As long as a map of 48 x 48 x 48: one by one onto their sum, the terms of A, D and the bias would round a lot."""
     generator = torch.Generator().manual_seed(1)
     length, channels = 110_592, 16
 
