@@ -21,7 +21,14 @@ ARM, WINDOWS = cpu_build.Target("linux", "aarch64"), cpu_build.Target("win32", "
 QEMU = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
 ZIG = shlex.join([sys.executable, "-m", "ziglang", "cc"])
 #: Tests of `test_cpu.py` that are about this process and its memory, not about the library.
-OF_THIS_PROCESS = ("child_processes", "huge_pages", "out_of_the_heap", "little_memory", "environment_variable")
+OF_THIS_PROCESS = (
+    "child_processes",
+    "children_forked",
+    "huge_pages",
+    "out_of_the_heap",
+    "little_memory",
+    "environment_variable",
+)
 
 
 def needs(*programs):
